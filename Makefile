@@ -1,0 +1,68 @@
+# One target per stage; a recipe is one script call. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+ENVS := test minitest production
+ALGOS := baseline-mtp rho1-wmtp critic-wmtp
+LAUNCHERS := local docker vessl
+
+refuse = $(if $(filter-out $(2),$($(1))),$(error $(1)=$($(1)): not known. $(1) is one of: $(2). For example: make minitest ALGO=baseline-mtp))
+$(call refuse,ENV,$(ENVS))
+$(call refuse,ALGO,$(ALGOS))
+$(call refuse,LAUNCHER,$(LAUNCHERS))
+
+# Only what the caller set travels on: each script knows its own defaults.
+export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET
+
+STAMP := .venv/.installed
+
+.PHONY: help
+help: ## this list
+	@scripts/help.sh Makefile
+
+$(STAMP): requirements/run.txt requirements/dev.txt requirements/torch.txt requirements/uv.txt pyproject.toml scripts/install.sh
+	@scripts/install.sh
+
+.PHONY: install
+install: $(STAMP) ## the environment in .venv (every target does this on first use)
+
+.PHONY: minitest
+minitest: $(STAMP) ## the whole way, small and local: bucket, sync, train on 2 ranks, checkpoint (ALGO=)
+	@scripts/minitest.sh
+
+.PHONY: train
+train: $(STAMP) ## the local test: test models, one device, no bucket (ALGO=)
+	@scripts/train_local.sh
+
+.PHONY: dryrun
+dryrun: $(STAMP) ## what can be known to fail before a run (ENV= ALGO=)
+	@scripts/test_vessl_config.sh
+
+.PHONY: sync
+sync: $(STAMP) ## models from the bucket to this machine (CONFIG= RECIPE= NAME=)
+	@scripts/sync_models.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(NAME),--model "$(NAME)")
+
+.PHONY: check-vocab
+check-vocab: $(STAMP) ## one vocabulary in all models of the run (CONFIG= RECIPE=)
+	@scripts/check_vocab.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)")
+
+.PHONY: publish-models
+publish-models: $(STAMP) ## models to the bucket, manifest last (FROM=dir [NAMES=…])
+	@scripts/publish_models.sh --from "$(FROM)" $(NAMES)
+
+.PHONY: test
+test: $(STAMP) ## pytest and bats, on one embedded bucket
+	@scripts/test.sh
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint
+	@scripts/lint.sh
+
+.PHONY: format
+format: $(STAMP) ## rewrite what lint would only name
+	@scripts/lint.sh --fix
+
+.PHONY: clean
+clean: ## remove build/ and the generated test models; .venv stays
+	@scripts/clean.sh

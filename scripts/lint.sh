@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Usage: scripts/lint.sh [--fix]
+# Runs every linter over the tracked files, all of them even when one fails; --fix rewrites instead of naming.
+# Exit codes: 0 clean, 1 findings.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+
+failed=()
+
+check() {
+  local name=$1
+  shift
+  if "$@" >&2; then printf 'lint      ok    %s\n' "$name" >&2; else
+    printf 'lint      FAIL  %s\n' "$name" >&2
+    failed+=("$name")
+  fi
+}
+
+main() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  PATH=$PWD/.venv/bin:$PATH
+  local -a shell docker=()
+  mapfile -t shell < <(git ls-files --cached --others --exclude-standard -- '*.sh' '*.bash' .ci/run 'bats/stubs/*')
+  mapfile -t docker < <(git ls-files -- Dockerfile)
+  if [[ ${1:-} == --fix ]]; then
+    check ruff ruff check -q --fix .
+    check 'ruff format' ruff format -q .
+    check shfmt shfmt -i 2 -ci -w "${shell[@]}"
+  else
+    check ruff ruff check -q .
+    check 'ruff format' ruff format -q --check .
+    check shfmt shfmt -i 2 -ci -d "${shell[@]}"
+  fi
+  check mypy mypy --no-error-summary
+  check shellcheck shellcheck -x -P SCRIPTDIR "${shell[@]}"
+  check yamllint yamllint -s .
+  check mbake mbake validate Makefile
+  if ((${#docker[@]})); then check hadolint hadolint "${docker[@]}"; fi
+  ((${#failed[@]} == 0)) || {
+    printf 'lint      FAIL  %s\n              next  make format, then mend what is left\n' "${failed[*]}" >&2
+    return 1
+  }
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Usage: [ALGO=baseline-mtp] scripts/minitest.sh
+# The whole way, small and on this machine: test models -> bucket -> dry run -> startup script (sync, vocabularies, training
+# on 2 gloo ranks with FSDP, upload) -> the checklist, filled with what was measured. An embedded S3 server is the bucket, a
+# folder under build/ is /app. A run that was interrupted goes on; a finished one is started afresh.
+# Standard output: `name: value` rows, then `minitest: ok SECONDS s`; the same in build/minitest/RUN/summary.json.
+# Exit codes: 0 done, else that of the stage that failed.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
+
+export ENV=minitest ENV_MODE=minitest LAUNCHER=${LAUNCHER:-local} ALGO=${ALGO:-baseline-mtp}
+export WMTP_ALGO=$ALGO
+BUILD=$ROOT/build/minitest
+declare -A seconds=()
+
+stage() {
+  local name=$1 began=$SECONDS
+  shift
+  log minitest "$name"
+  "$@"
+  seconds[$name]=$((SECONDS - began))
+  log minitest "$name ok, ${seconds[$name]} s"
+}
+
+make_models() { python "$ROOT/tests/test_models/generate.py" >&2; }
+
+publish() { "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama >/dev/null; }
+
+# Its standard output is the sync's JSON lines, then the path of the trainer's summary.
+startup() {
+  "$ROOT/docker/vessl_startup.sh" >"$RUN_DIR/startup.out"
+  grep '^{' "$RUN_DIR/startup.out" >"$RUN_DIR/sync.jsonl"
+  cp "$(tail -n 1 "$RUN_DIR/startup.out")" "$RUN_DIR/train.json"
+}
+
+# A finished run of this name is done work; a new minitest means to see all of it again. summary.json goes last, so that a
+# kill in here is repeated.
+start_afresh() {
+  [[ -e $RUN_DIR/summary.json ]] || return 0
+  rm -rf -- "${WMTP_APP_ROOT:?}/models" "$WMTP_APP_ROOT/checkpoints/${RUN_NAME:?}"
+  aws --endpoint-url "$S3_ENDPOINT_URL" s3 rm --quiet --recursive "s3://$S3_BUCKET_NAME/checkpoints/$RUN_NAME/"
+  rm -- "$RUN_DIR/summary.json"
+}
+
+make_app() {
+  mkdir -p "$RUN_DIR" "$WMTP_APP_ROOT"/{models,checkpoints,mlruns_test,logs}
+  ln -sfn "$ROOT/datasets" "$WMTP_APP_ROOT/datasets"
+  ln -sfn "$RUN_NAME" "$BUILD/latest"
+}
+
+list_checkpoint() {
+  aws --endpoint-url "$S3_ENDPOINT_URL" s3api head-object --bucket "$S3_BUCKET_NAME" \
+    --key "${1#"s3://$S3_BUCKET_NAME/"}/.complete" >/dev/null ||
+    die 11 "the checkpoint $1 is not listed in the bucket" 'a checkpoint that was uploaded has its marker' 'see the log above, then: make minitest'
+}
+
+rows() {
+  local name
+  for name in "${!seconds[@]}"; do printf '%s\t%s\n' "seconds_${name// /_}" "${seconds[$name]}"; done |
+    python -m wmtp.report "$RUN_DIR" --seconds "$1"
+}
+
+main() {
+  local began=$SECONDS config recipe digest
+  if [[ -z ${S3_ENDPOINT_URL:-} ]]; then
+    need_cmd python 'make install'
+    export S3_BUCKET_NAME=wmtp
+    # The server is this script's parent, so that the script's own way is one: with a bucket in its environment.
+    exec "$ROOT/scripts/bucket.sh" run "$ROOT/build/bucket" -- "${BASH_SOURCE[0]}" "$@"
+  fi
+  config=${CONFIG:-$ROOT/configs/config.local_minitest.yaml}
+  recipe=${RECIPE:-$ROOT/tests/configs/recipe.${ALGO//-/_}.yaml}
+  export WMTP_APP_ROOT=$BUILD/app
+  digest=$(python -m wmtp.config --config "$config" --recipe "$recipe" --env minitest --get digest)
+  export RUN_NAME=${RUN_NAME:-minitest-$ALGO-$(git -C "$ROOT" rev-parse --short=7 HEAD 2>/dev/null || echo 0000000)-$digest}
+  export RUN_DIR=$BUILD/$RUN_NAME
+  log minitest "$RUN_NAME: models, bucket, dry run, sync, vocabularies, training on this machine"
+  mkdir -p "$BUILD"
+  exec 9>"$BUILD/.lock"
+  flock -n 9 || die 1 "another minitest runs in $BUILD" 'one at a time: they share the folder' 'wait for it, or stop it'
+  start_afresh
+  make_app
+  stage models make_models
+  stage publish publish
+  stage dryrun "$ROOT/scripts/test_vessl_config.sh"
+  stage startup startup
+  stage list list_checkpoint "$(jq_get "$RUN_DIR/train.json" checkpoint)"
+  rows $((SECONDS - began))
+}
+
+jq_get() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$1" "$2"; }
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

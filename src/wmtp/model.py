@@ -1,0 +1,621 @@
+"""The multi-token-prediction model: a Llama trunk of transformers with heads beside it.
+
+Head ``k`` is one decoder layer on the trunk's output, head 0 being the last layer of the plain model; final norm and
+unembedding are shared (Gloeckle et al. 2024). Everything that depends on transformers' signatures is in the
+section "adapters". Symbols and shapes: ``B`` rows, ``S`` positions, ``H`` heads, ``V`` vocabulary, ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from wmtp.objective import weighted_loss
+
+LOGIT_BUDGET = 1 << 25  # elements of logits alive at once: 128 MiB in float32
+SHARD_BYTES = 4 << 30
+META_WEIGHTS = "consolidated.pth"
+EXTRA_HEADS = "mtp_heads.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+class ModelError(ValueError):
+    """A model folder that can't be used: what is wrong, the rule, the next step."""
+
+    def __init__(self, what: str, rule: str, next_step: str) -> None:
+        super().__init__(f"{what}; rule: {rule}; next: {next_step}")
+
+
+# ---- what a folder holds ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that fixes the shapes. ``trunk_layers`` counts the layers before head 0."""
+
+    layout: str  # "meta" (params.json) or "hf" (config.json)
+    heads: int
+    hidden: int
+    trunk_layers: int
+    n_heads: int
+    n_kv_heads: int
+    intermediate: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_positions: int = 4096
+    tied: bool = False
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The spec of a model folder, from its JSON alone (a Meta ``vocab_size`` of -1 is read from the weights)."""
+    folder = Path(folder)
+    if (folder / "params.json").is_file():
+        spec = _meta_spec(folder)
+    elif (folder / "config.json").is_file():
+        spec = _hf_spec(folder)
+    else:
+        raise ModelError(
+            f"{folder}: neither params.json nor config.json",
+            "a model is a folder in Meta's layout or in Hugging Face's",
+            "look at the folder, or at the path in paths.models",
+        )
+    _check_spec(folder, spec)
+    return spec
+
+
+def _check_spec(folder: Path, spec: ModelSpec) -> None:
+    findings = [
+        f"{name} = {value}"
+        for name, value, least in (
+            ("heads", spec.heads, 1),
+            ("hidden", spec.hidden, 1),
+            ("trunk layers", spec.trunk_layers, 0),
+            ("attention heads", spec.n_heads, 1),
+            ("key-value heads", spec.n_kv_heads, 1),
+            ("intermediate", spec.intermediate, 1),
+            ("vocab_size", spec.vocab_size, 1),
+        )
+        if value < least
+    ]
+    if not findings and spec.hidden % (2 * spec.n_heads):
+        findings.append(f"hidden {spec.hidden} with {spec.n_heads} attention heads")
+    if not findings and spec.n_heads % spec.n_kv_heads:
+        findings.append(f"{spec.n_heads} attention heads with {spec.n_kv_heads} key-value heads")
+    if findings:
+        raise ModelError(
+            f"{folder}: {', '.join(findings)}",
+            "sizes are positive and divide each other; n_layers counts trunk and heads",
+            "compare the folder's JSON with the model's source",
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}", "it is one JSON object", "fetch the model again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: not an object", "it is one JSON object", "fetch the model again")
+    return content
+
+
+def _need(content: Mapping[str, Any], path: Path, *names: str) -> list[int]:
+    missing = [n for n in names if not isinstance(content.get(n), int)]
+    if missing:
+        raise ModelError(
+            f"{path}: no whole number under {', '.join(missing)}",
+            "these fix the model's shapes",
+            "fetch the model again",
+        )
+    return [content[n] for n in names]
+
+
+def _meta_spec(folder: Path) -> ModelSpec:
+    path = folder / "params.json"
+    params = _read_json(path)
+    dim, n_layers, n_heads = _need(params, path, "dim", "n_layers", "n_heads")
+    heads = int(params.get("n_future_tokens", 1))
+    vocab = int(params.get("vocab_size", -1))
+    if vocab < 0:
+        vocab = int(_torch_load(folder / META_WEIGHTS)["tok_embeddings.weight"].shape[0])
+    # Meta's rule for the feed-forward width, which their files leave implicit.
+    width = int(2 * 4 * dim / 3)
+    if params.get("ffn_dim_multiplier") is not None:
+        width = int(params["ffn_dim_multiplier"] * width)
+    multiple = int(params.get("multiple_of", 256))
+    return ModelSpec(
+        layout="meta",
+        heads=heads,
+        hidden=dim,
+        trunk_layers=n_layers - heads,
+        n_heads=n_heads,
+        n_kv_heads=int(params.get("n_kv_heads") or n_heads),
+        intermediate=multiple * -(-width // multiple),
+        vocab_size=vocab,
+        norm_eps=float(params.get("norm_eps", 1e-5)),
+        rope_theta=float(params.get("rope_theta", 10000.0)),
+        max_positions=int(params.get("max_seq_len", 4096)),
+    )
+
+
+def _hf_spec(folder: Path) -> ModelSpec:
+    path = folder / "config.json"
+    config = _read_json(path)
+    hidden, layers, n_heads, width, vocab = _need(
+        config,
+        path,
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    head_dim = config.get("head_dim")
+    refused = [
+        name
+        for name, bad in (
+            (f"model_type {config.get('model_type')}", config.get("model_type") != "llama"),
+            ("attention_bias", bool(config.get("attention_bias"))),
+            ("mlp_bias", bool(config.get("mlp_bias"))),
+            (f"hidden_act {config.get('hidden_act')}", config.get("hidden_act", "silu") != "silu"),
+            (
+                "scaled rotary positions",
+                rope.get("rope_type", rope.get("type", "default")) != "default",
+            ),
+            (f"head_dim {head_dim}", head_dim is not None and head_dim * n_heads != hidden),
+        )
+        if bad
+    ]
+    if refused:
+        raise ModelError(
+            f"{path}: {', '.join(refused)}",
+            "a Llama without biases and with plain rotary positions",
+            "choose another base model",
+        )
+    return ModelSpec(
+        layout="hf",
+        heads=int(config.get("n_future_tokens", 1)),
+        hidden=hidden,
+        trunk_layers=layers - 1,
+        n_heads=n_heads,
+        n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
+        intermediate=width,
+        vocab_size=vocab,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        max_positions=int(config.get("max_position_embeddings", 2048)),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+# ---- adapters: the only lines that know transformers' signatures ---------------------------------
+
+
+def _llama_config(spec: ModelSpec) -> LlamaConfig:
+    config = LlamaConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.trunk_layers + 1,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_kv_heads,
+        max_position_embeddings=spec.max_positions,
+        rms_norm_eps=spec.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        tie_word_embeddings=spec.tied,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _apply_layer(layer: nn.Module, hidden_bsd: Tensor, mask_b1ss: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    return layer(hidden_bsd, attention_mask=mask_b1ss, position_embeddings=rotary)
+
+
+# ---- the model -------------------------------------------------------------------------------
+
+
+def attention_layout(document_bs: Tensor) -> tuple[Tensor, Tensor]:
+    """Position ids ``[B, S]`` that restart with each document, and the mask ``[B, 1, S, S]`` (True: may look).
+
+    A document is a run of equal ids, so a position always sees itself: padding gives no empty softmax.
+    """
+    rows, length = document_bs.shape
+    index = torch.arange(length, device=document_bs.device)
+    starts = torch.ones(rows, length, dtype=torch.bool, device=document_bs.device)
+    starts[:, 1:] = document_bs[:, 1:] != document_bs[:, :-1]
+    segment = starts.cumsum(1)
+    first = torch.where(starts, index, torch.zeros_like(index)).cummax(1).values
+    same = segment[:, :, None] == segment[:, None, :]
+    return index - first, (same & (index[:, None] >= index[None, :]))[:, None]
+
+
+class LMHead(nn.Module):
+    """Unembedding and loss in one module, so that FSDP gathers the weight around both."""
+
+    def __init__(self, hidden: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(
+        self, hidden_bshd: Tensor, labels_bsh: Tensor, mask_bsh: Tensor, count: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """``(sum of ce over mask / count, ce [B, S, H] float32 detached, 0 outside mask)``.
+
+        Works through chunks of positions; a chunk's logits are made again in backward and never kept.
+        """
+        heads, dim = hidden_bshd.shape[-2:]
+        hidden = hidden_bshd.reshape(-1, heads, dim)
+        labels = labels_bsh.masked_fill(~mask_bsh, -100).reshape(-1, heads)
+        size = max(1, LOGIT_BUDGET // (self.weight.shape[0] * heads))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        parts = []
+        for h, y in zip(hidden.split(size), labels.split(size), strict=True):
+            part, ce = checkpoint(self._chunk, h, y, count, use_reentrant=False)
+            loss = loss + part
+            parts.append(ce)
+        return loss, torch.cat(parts).view(labels_bsh.shape)
+
+    def _chunk(self, hidden_nhd: Tensor, labels_nh: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden_nhd, self.weight).float()
+        ce = F.cross_entropy(logits.flatten(0, 1), labels_nh.flatten(), ignore_index=-100, reduction="none").view(
+            labels_nh.shape
+        )
+        return weighted_loss(ce, torch.ones_like(ce), labels_nh != -100, count=count), ce.detach()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[…, D] -> […, V]``, for small inputs and unsharded models."""
+        return F.linear(hidden, self.weight)
+
+
+class MTPModel(nn.Module):
+    """Trunk, ``H`` heads, shared norm and unembedding. May be built under ``torch.device("meta")``."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        config = _llama_config(spec)
+        self.spec = spec
+        self.checkpoint_layers = False
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(spec.trunk_layers))
+        self.heads = nn.ModuleList(LlamaDecoderLayer(config, spec.trunk_layers + k) for k in range(spec.heads))
+        self.norm = LlamaRMSNorm(spec.hidden, eps=spec.norm_eps)
+        self.lm_head = LMHead(spec.hidden, spec.vocab_size)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        if spec.tied:
+            _tie(self)
+
+    def hidden(self, x_bs: Tensor, document_bs: Tensor) -> Tensor:
+        """The heads' outputs after the final norm, ``[B, S, H, D]``."""
+        positions, mask = attention_layout(document_bs)
+        h = self.embed_tokens(x_bs)
+        rotary = self.rotary_emb(h, position_ids=positions)
+        for layer in self.layers:
+            h = self._layer(layer, h, mask, rotary)
+        return self.norm(torch.stack([self._layer(head, h, mask, rotary) for head in self.heads], dim=2))
+
+    def forward(
+        self,
+        x_bs: Tensor,
+        document_bs: Tensor,
+        labels_bsh: Tensor,
+        mask_bsh: Tensor,
+        count: Tensor | int,
+    ) -> tuple[Tensor, Tensor]:
+        """``(loss, ce [B, S, H])``: ``loss = sum(ce over mask) / count``, ``ce`` detached float32 nats.
+
+        ``count`` is a whole number (int64 where it is a tensor): FSDP would round a float to its half type.
+        """
+        return self.lm_head(self.hidden(x_bs, document_bs), labels_bsh, mask_bsh, count)
+
+    def _layer(self, layer: nn.Module, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if self.checkpoint_layers and torch.is_grad_enabled():
+            return checkpoint(_apply_layer, layer, h, mask, rotary, use_reentrant=False)
+        return _apply_layer(layer, h, mask, rotary)
+
+
+def _tie(model: MTPModel) -> None:
+    weight = model.embed_tokens.weight
+    assert isinstance(weight, nn.Parameter)
+    model.lm_head.weight = weight
+
+
+def shard_units(model: MTPModel) -> list[nn.Module]:
+    """What ``fully_shard`` wraps before the root. A tied unembedding stays with the root, which owns the embedding."""
+    return [*model.layers, *model.heads, *([] if model.spec.tied else [model.lm_head])]
+
+
+def finish_meta(model: MTPModel, device: torch.device | str) -> None:
+    """Give a model built on ``meta`` memory on ``device``; its weights are then undefined, its rotary buffers not."""
+    model.to_empty(device=torch.device(device))
+    if model.spec.tied and not hasattr(model, "unshard"):
+        _tie(model)  # to_empty makes one each; FSDP keeps them one itself
+    with torch.device(device):
+        model.rotary_emb = LlamaRotaryEmbedding(_llama_config(model.spec))
+
+
+# ---- weights in ------------------------------------------------------------------------------
+
+_META_NAMES = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_META_ROOT = {
+    "tok_embeddings.weight": "embed_tokens.weight",
+    "norm.weight": "norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_HF_ROOT = {"lm_head.weight": "lm_head.weight"}
+
+
+def load_state(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The whole state under ``MTPModel``'s names, mapped from the file where it can be, in the stored dtype.
+
+    Raises ``ModelError`` with every missing, unexpected and misshapen tensor: nothing is made up.
+    """
+    folder = Path(folder)
+    if spec.layout == "meta":
+        state, unexpected = _rename(_torch_load(folder / META_WEIGHTS), lambda key: _meta_name(key, spec))
+        for key in state:
+            if key.endswith("q_proj.weight") and state[key].dim() == 2:
+                state[key] = _half_split(state[key], spec.n_heads)
+            elif key.endswith("k_proj.weight") and state[key].dim() == 2:
+                state[key] = _half_split(state[key], spec.n_kv_heads)
+    else:
+        state, unexpected = _rename(_read_weights(folder), lambda key: _hf_name(key, spec))
+        if spec.tied and "embed_tokens.weight" in state:
+            state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    _check_state(folder, spec, state, unexpected)
+    return state
+
+
+def load_model(folder: Path, device: torch.device | str) -> MTPModel:
+    """One whole model on one device, in float32 (the registry's ``standardized-model-loader``)."""
+    spec = read_spec(folder)
+    with torch.device("meta"):
+        model = MTPModel(spec)
+    finish_meta(model, device)
+    model.load_state_dict(load_state(folder, spec))
+    return model
+
+
+def _rename(raw: Mapping[str, Tensor], name_of: Callable[[str], str | None]) -> tuple[dict[str, Tensor], list[str]]:
+    state: dict[str, Tensor] = {}
+    unexpected = []
+    for key, tensor in raw.items():
+        if key.endswith(("rotary_emb.inv_freq", "rope.freqs")):
+            continue  # computed, never learned
+        name = name_of(key)
+        if name is None or name in state:
+            unexpected.append(key)
+        else:
+            state[name] = tensor
+    return state, unexpected
+
+
+def _meta_name(key: str, spec: ModelSpec) -> str | None:
+    if key in _META_ROOT:
+        return _META_ROOT[key]
+    found = re.fullmatch(r"(layers|extra_heads)\.(\d+)\.(.+)", key)
+    if not found or found[3] not in _META_NAMES:
+        return None
+    number = int(found[2])
+    if found[1] == "extra_heads":
+        place = f"heads.{number + 1}"
+    elif number == spec.trunk_layers:
+        place = "heads.0"
+    else:
+        place = f"layers.{number}"
+    return f"{place}.{_META_NAMES[found[3]]}"
+
+
+def _hf_name(key: str, spec: ModelSpec) -> str | None:
+    if key in _HF_ROOT:
+        return _HF_ROOT[key]
+    if re.fullmatch(r"heads\.[1-9]\d*\..+", key):
+        return key
+    found = re.fullmatch(r"(?:model|transformer)\.(.+)", key)
+    if not found:
+        return None
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", found[1])
+    if layer and int(layer[1]) == spec.trunk_layers:
+        return f"heads.0.{layer[2]}"
+    return found[1]
+
+
+def _half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Query or key rows from Meta's rotary order (pairs side by side) to transformers' (halves)."""
+    rows, columns = weight.shape
+    if rows % (2 * n_heads):
+        return weight  # misshapen: the check that follows names it
+    return weight.view(n_heads, rows // n_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def _torch_load(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not there", "the folder holds its weights", "sync the model again") from None
+    except Exception as error:  # torch raises half a dozen types for a torn or unsafe file
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path}: {first}",
+            "a zip-format torch file with tensors only",
+            "sync the model again; an old pickle must be saved anew",
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ModelError(f"{path}: not a flat dictionary of tensors", "a plain state dict", "save it as one")
+    return content
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a Hugging Face folder: safetensors before torch files, shards by their index."""
+    raw: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        raw.update(_safetensors_load(path) if path.suffix == ".safetensors" else _torch_load(path))
+    return raw
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    extra = [folder / EXTRA_HEADS] if (folder / EXTRA_HEADS).is_file() else []
+    for name in ("model.safetensors", "pytorch_model.bin", "model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(
+                isinstance(s, str) and Path(s).name == s for s in shards.values()
+            ):
+                raise ModelError(
+                    f"{index}: no weight_map of plain file names",
+                    "an index names the file of each tensor",
+                    "sync the model again",
+                )
+            return [folder / shard for shard in sorted(set(shards.values()))] + extra
+        if (folder / name).is_file():
+            return [folder / name, *extra]
+    found = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+    if len(found) == 1:
+        return found + extra
+    raise ModelError(
+        f"{folder}: no weights ({len(found)} .pt or .pth files)",
+        "model.safetensors, pytorch_model.bin (or their .index.json), model.bin or one .pt file",
+        "sync the model again",
+    )
+
+
+def _safetensors_load(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: {error}", "a whole safetensors file", "sync the model again") from None
+
+
+def _check_state(folder: Path, spec: ModelSpec, state: Mapping[str, Tensor], unexpected: Iterable[str]) -> None:
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in MTPModel(spec).state_dict().items()}
+    lines = [f"missing {k}" for k in sorted(expected.keys() - state.keys())]
+    lines += [f"unexpected {k}" for k in sorted({*unexpected, *(state.keys() - expected.keys())})]
+    lines += [
+        f"misshapen {k} {list(state[k].shape)}, expected {list(shape)}"
+        for k, shape in sorted(expected.items())
+        if k in state and tuple(state[k].shape) != shape
+    ]
+    if lines:
+        raise ModelError(
+            f"{folder}: {len(lines)} tensors don't fit:\n  " + "\n  ".join(lines) + "\n",
+            "names and shapes are those that the folder's JSON gives",
+            "compare JSON and weights, or sync the model again",
+        )
+
+
+# ---- weights out -----------------------------------------------------------------------------
+
+
+def export_hf(state: Mapping[str, Tensor], spec: ModelSpec, folder: Path, tokenizer_from: Path) -> None:
+    """Write a Hugging Face folder: head 0 as the last layer, the other heads in ``mtp_heads.safetensors``.
+
+    ``AutoModelForCausalLM`` loads it as a plain Llama; ``read_spec`` and ``load_state`` read all its heads.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        if key.startswith("heads.0."):
+            plain[f"model.layers.{spec.trunk_layers}.{key.removeprefix('heads.0.')}"] = tensor
+        elif key.startswith("heads."):
+            extra[key] = tensor
+        elif key == "lm_head.weight":
+            if not spec.tied:
+                plain[key] = tensor
+        else:
+            plain[f"model.{key}"] = tensor
+    shards = _shards(plain)
+    for number, shard in enumerate(shards, 1):
+        name = _shard_name(number, len(shards))
+        save_file({k: plain[k] for k in shard}, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in plain.values())},
+            "weight_map": {
+                k: _shard_name(number, len(shards)) for number, shard in enumerate(shards, 1) for k in shard
+            },
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    if extra:
+        save_file(extra, folder / EXTRA_HEADS, metadata={"format": "pt"})
+    config = _llama_config(spec).to_diff_dict()
+    config |= {"architectures": ["LlamaForCausalLM"], "n_future_tokens": spec.heads}
+    config |= {"rms_norm_eps": spec.norm_eps, "tie_word_embeddings": spec.tied}
+    config |= {
+        "hidden_size": spec.hidden,
+        "num_hidden_layers": spec.trunk_layers + 1,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "intermediate_size": spec.intermediate,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_positions,
+        "rope_theta": spec.rope_theta,
+        "dtype": str(next(iter(plain.values())).dtype).removeprefix("torch."),
+    }
+    source = Path(tokenizer_from)
+    if (source / "config.json").is_file():
+        had = _read_json(source / "config.json")
+        config |= {k: had[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in had}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += tensor.nbytes
+    return shards
+
+
+def _shard_name(number: int, of: int) -> str:
+    return "model.safetensors" if of == 1 else f"model-{number:05d}-of-{of:05d}.safetensors"

@@ -1,0 +1,514 @@
+"""The dry run: what can be known to fail is found here, on a laptop, without importing torch.
+
+    python -m wmtp.preflight --env production --config F --recipe F [--recipe F …] [--set a.b=c …]
+                             [--revision R] [--receipt-dir D] [--json] [--offline]
+
+Five headings; each line is `ok`, `warn`, `FAIL` or `not checked (why)`, and all findings are shown.
+Standard output carries the JSON with `--json`, else nothing. Exit codes: 0 no `FAIL`, 2 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from wmtp import config as settings
+from wmtp import registry
+from wmtp.paths import PathResolver
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK_FOLDER = "/app"
+IMAGE_FOLDERS = ("models", "datasets", "checkpoints", "mlruns", "logs")
+OK, WARN, FAIL, NOT = "ok", "warn", "FAIL", "not checked"
+NOT_BUILT = "not built yet"
+HEADINGS = ("configuration", "paths", "registry", "distributed", "pipeline")
+PLANNED = {  # what the plan names, whether or not this recipe uses it
+    "trainer": ("baseline-mtp", "rho1-wmtp", "critic-wmtp"),
+    "optimizer": ("adamw",),
+    "loader": ("standardized-model-loader",),
+    "tokenizer": ("hf-sentencepiece", "hf-transformers"),
+}
+TRAINABLE = ("baseline-mtp",)
+GPU_MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "L40S": 48, "A10G": 24, "V100": 32, "T4": 16}
+NO_BF16 = ("V100", "T4", "P100")
+PRESET_GPUS = {"gpu-a100-80g-small": 1, "gpu-a100-80g-medium": 2, "gpu-a100-80g-large": 4}
+
+
+@dataclass(frozen=True)
+class Finding:
+    heading: int
+    verdict: str
+    subject: str
+    detail: str
+    next: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A configuration and a recipe that load together."""
+
+    config_file: str
+    recipe_file: str
+    config: Any
+    recipe: Any
+
+    @property
+    def algo(self) -> str:
+        return str(self.recipe.train.algo)
+
+
+def file_uris(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every `file://` of resolved settings as (dotted key, URI)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from file_uris(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and value.startswith("file://"):
+            yield prefix + key, value
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+# ---- 1: configuration ----------------------------------------------------------------------------
+
+
+def check_configuration(
+    config_file: str, recipe_files: list[str], overrides: list[str], env: str
+) -> tuple[list[Finding], list[Pair], list[dict[str, Any]]]:
+    findings: list[Finding] = []
+    pairs: list[Pair] = []
+    resolved: list[dict[str, Any]] = []
+    told: list[Any] = []
+    for recipe_file in recipe_files:
+        try:
+            config, recipe = settings.load_pair(found_at(config_file), found_at(recipe_file), overrides, env=env)
+        except settings.ConfigError as error:
+            for wrong in error.findings:
+                if wrong not in told:  # a mistake of the configuration is the same with each recipe
+                    told.append(wrong)
+                    place = f"{wrong.place} {wrong.key}".strip()
+                    if wrong.place.startswith("--set "):
+                        place = wrong.place
+                    detail = f"{wrong.what}\nrule  {wrong.rule}"
+                    findings.append(Finding(1, FAIL, place, detail, wrong.next))
+            continue
+        except OSError as error:
+            findings.append(Finding(1, FAIL, str(error.filename), f"can't be read: {error.strerror}"))
+            continue
+        pairs.append(Pair(config_file, recipe_file, config, recipe))
+        both = settings.resolved(config, recipe)
+        origin = {**settings.origins(config), **settings.origins(recipe)}
+        rows = [{"key": key, "value": value, "from": source(origin, bare(key))} for key, value in flat(both).items()]
+        resolved.append({"config": config_file, "recipe": recipe_file, "keys": rows})
+        counts = Counter("default" if r["from"] == "default" else "named" for r in rows)
+        variables = sorted({n for r in rows for n in named_variables(r["from"])})
+        findings.append(
+            Finding(
+                1,
+                OK,
+                f"{config_file} + {recipe_file}",
+                f"{len(rows)} keys, {counts['default']} by default"
+                + (f", from the environment: {', '.join(variables)}" if variables else ""),
+            )
+        )
+    return findings, pairs, resolved
+
+
+def source(origin: Mapping[str, str], key: str) -> str:
+    """Where a value came from; an entry of a mapping (`paths.datasets.x`) came with its mapping."""
+    while key not in origin and "." in key:
+        key = key.rpartition(".")[0]
+    return origin.get(key, "default")
+
+
+def named_variables(place: str) -> list[str]:
+    """The environment variables that a source names and that are set."""
+    return [name for name in re.findall(r"\b[A-Z][A-Z0-9_]+\b", place) if os.environ.get(name)]
+
+
+def found_at(file: str) -> Path:
+    """As it was named where that exists (so that messages say it so), else in the repository."""
+    return Path(file) if Path(file).exists() else ROOT / file
+
+
+def bare(key: str) -> str:
+    """The key as a file has it: the resolved result puts the two files under a name each."""
+    head, _, rest = key.partition(".")
+    return rest if head in ("config", "recipe") else key
+
+
+# ---- 2: paths ------------------------------------------------------------------------------------
+
+
+def check_paths(pair: Pair) -> Iterator[Finding]:
+    config = pair.config
+    cluster = config.launcher.target != "local"
+    tree = settings.resolved(config, pair.recipe)
+    outside = inside = 0
+    for key, uri in file_uris(tree):
+        path = uri.removeprefix("file://")
+        if cluster and not (path + "/").startswith(WORK_FOLDER + "/"):
+            outside += 1
+            yield Finding(
+                2,
+                FAIL,
+                bare(key),
+                f"{uri} is outside {WORK_FOLDER}; in the image only {WORK_FOLDER} is ours",
+                f"name a folder file://{WORK_FOLDER}/…",
+            )
+        inside += 1
+    if not outside:
+        where = f"lie under {WORK_FOLDER}" if cluster else "resolve"
+        yield Finding(2, OK, "file:// paths", f"all {inside} {where}")
+
+    for role, uri in settings.needed_models(config, pair.recipe).items():
+        kind, path = PathResolver().resolve(uri)
+        name = Path(path).name
+        target = PathResolver().resolve(f"file://{WORK_FOLDER}/models/{name}")[1]
+        if kind != "file" or not cluster:
+            continue
+        if Path(path) != Path(target):
+            yield Finding(
+                2,
+                FAIL,
+                f"paths.models.{role}",
+                f"{path} is not where the sync puts {name}: {target}",
+                f"paths.models.{role}: file://{WORK_FOLDER}/models/{name}",
+            )
+        else:
+            yield Finding(2, OK, f"paths.models.{role}", f"{path}, where the sync puts {name}")
+    yield from check_dockerfile(ROOT / "Dockerfile")
+    yield from check_run_file(ROOT / "docker" / "vessl.yaml")
+
+
+def check_dockerfile(file: Path) -> Iterator[Finding]:
+    if not file.is_file():
+        yield Finding(2, NOT, "Dockerfile", NOT_BUILT)
+        return
+    text = file.read_text()
+    folders = re.findall(r"(?im)^\s*WORKDIR\s+(\S+)", text)
+    if not folders or folders[-1] != WORK_FOLDER:
+        yield Finding(
+            2,
+            FAIL,
+            "Dockerfile",
+            f"WORKDIR is {folders[-1] if folders else 'not set'}, the configurations say {WORK_FOLDER}",
+            f"WORKDIR {WORK_FOLDER}",
+        )
+    else:
+        yield Finding(2, OK, "Dockerfile", f"WORKDIR {WORK_FOLDER}")
+    missing = [f for f in IMAGE_FOLDERS if not re.search(rf"{WORK_FOLDER}/(\{{[^}}]*)?\b{f}\b", text)]
+    if missing:
+        yield Finding(2, FAIL, "Dockerfile", f"makes no {WORK_FOLDER}/{missing[0]}", f"mkdir: {', '.join(missing)}")
+
+
+def check_run_file(file: Path) -> Iterator[Finding]:
+    start = f"{WORK_FOLDER}/docker/vessl_startup.sh"
+    if not file.is_file():
+        yield Finding(2, NOT, "docker/vessl.yaml", NOT_BUILT)
+    elif start not in file.read_text():
+        yield Finding(2, FAIL, "docker/vessl.yaml", f"does not start {start}", f"exec bash {start}")
+    else:
+        yield Finding(2, OK, "docker/vessl.yaml", f"starts {start}")
+
+
+# ---- 3: registry ---------------------------------------------------------------------------------
+
+
+def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
+    for kind, planned in PLANNED.items():
+        table = getattr(registry, f"{kind}_registry")
+        wanted = list(planned)
+        if kind == "trainer":
+            wanted += [pair.algo for pair in pairs]
+        elif kind == "optimizer":
+            wanted += [pair.recipe.optim.optimizer for pair in pairs]
+        for name in dict.fromkeys(wanted):
+            if not table.is_registered(name):
+                yield Finding(
+                    3,
+                    FAIL,
+                    f"{kind} {name}",
+                    "is not registered",
+                    f"one line in src/wmtp/registry.py, {kind}_registry",
+                )
+                continue
+            target = registered(table, name)
+            if kind == "trainer" and name not in TRAINABLE:
+                yield Finding(3, OK, f"{kind} {name}", f"registered; its weighting is {NOT_BUILT}")
+            elif target and not defined(target):
+                yield Finding(3, FAIL, f"{kind} {name}", f"stands for {target}, which is not defined there")
+            else:
+                yield Finding(3, OK, f"{kind} {name}", target or "registered")
+
+
+def registered(table: Any, name: str) -> str | None:
+    """The "module:function" of an entry, without loading it."""
+    for value in vars(table).values():
+        if isinstance(value, Mapping) and isinstance(value.get(name), str):
+            return str(value[name])
+    return None
+
+
+def defined(target: str) -> bool:
+    """Whether module:function exists, by reading the source: importing it would import torch."""
+    module, _, function = target.partition(":")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        return False
+    tree = ast.parse(Path(spec.origin).read_text())
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == function for node in tree.body)
+
+
+# ---- 4: distributed ------------------------------------------------------------------------------
+
+
+def check_distributed(pair: Pair) -> Iterator[Finding]:
+    devices, resources = pair.config.devices, pair.config.launcher.resources
+    train = pair.recipe.data.train
+    backend, device = devices.distributed.backend, devices.compute_backend
+    ranks = max(1, resources.gpus) if devices.distributed.enabled else 1
+    if devices.distributed.enabled:
+        fits = {"cuda": ("nccl", None), "cpu": ("gloo", None), "auto": ("nccl", "gloo", None)}
+        if backend not in fits.get(device, ()):
+            yield Finding(
+                4,
+                FAIL,
+                "backend",
+                f"devices.distributed.backend: {backend} can't serve compute_backend: {device}",
+                "nccl for cuda, gloo for cpu; mps has one device only",
+            )
+        else:
+            yield Finding(4, OK, "backend", f"{backend or 'by device'} on {device}")
+    if ranks > 1 and not devices.fsdp.enabled:
+        yield Finding(
+            4,
+            FAIL,
+            "sharding",
+            f"devices.fsdp.enabled: false with {ranks} ranks; ranks share one model through FSDP",
+            "devices.fsdp.enabled: true",
+        )
+    elif ranks > 1:
+        yield Finding(4, OK, "sharding", f"{devices.fsdp.sharding} over {ranks} ranks")
+    else:
+        yield Finding(4, OK, "sharding", "one rank: nothing to share")
+    if devices.mixed_precision == "bf16" and device == "cuda" and resources.gpu_type in NO_BF16:
+        yield Finding(4, FAIL, "precision", f"{resources.gpu_type} has no bf16", "devices.mixed_precision: fp32")
+    else:
+        yield Finding(4, OK, "precision", f"{devices.mixed_precision} on {device}")
+
+    preset = pair.config.launcher.preset
+    if pair.config.launcher.target != "vessl":
+        pass
+    elif preset not in PRESET_GPUS:
+        yield Finding(4, NOT, "preset", f"{preset or 'none named'}: its number of GPUs is not known here")
+    elif PRESET_GPUS[preset] != resources.gpus:
+        yield Finding(
+            4,
+            FAIL,
+            "preset",
+            f"{preset} has {PRESET_GPUS[preset]} GPUs, launcher.resources.gpus is {resources.gpus}",
+            "make the two agree",
+        )
+    else:
+        yield Finding(4, OK, "preset", f"{preset}: {resources.gpus} x {resources.gpu_type}")
+
+    rows = train.batch_size * ranks * pair.recipe.train.accumulation_steps
+    yield Finding(
+        4,
+        OK,
+        f"batch {pair.algo}",
+        f"{rows} rows of {train.max_length}: {rows * train.max_length} tokens per step at most"
+        f" ({train.batch_size} x {ranks} ranks x {pair.recipe.train.accumulation_steps})",
+    )
+    memory = resources.gpu_memory_gb or GPU_MEMORY_GIB.get(resources.gpu_type)
+    yield Finding(4, NOT, "memory", NOT_BUILT + (f"; {memory} GiB a GPU" if memory else ""))
+    yield Finding(4, NOT, "disk", f"checkpoints and models against free space: {NOT_BUILT}")
+
+
+# ---- 5: pipeline ---------------------------------------------------------------------------------
+
+
+def check_pipeline(pair: Pair, offline: bool) -> Iterator[Finding]:
+    if pair.algo not in TRAINABLE:
+        yield Finding(
+            5,
+            WARN,
+            f"trainer {pair.algo}",
+            f"this version trains {', '.join(TRAINABLE)} only: the weights of {pair.algo} are {NOT_BUILT}",
+            "ALGO=baseline-mtp",
+        )
+    for part in ("train", "eval"):
+        for name in getattr(pair.recipe.data, part).sources:
+            yield check_data(name, pair.config.paths.datasets.get(name))
+    for subject in ("tokenizers", "model"):
+        yield Finding(5, NOT, subject, NOT_BUILT)
+    why = "--offline" if offline else NOT_BUILT
+    yield Finding(5, NOT, "manifests", why)
+    yield Finding(5, NOT, "twin", "TWIN=0" if os.environ.get("TWIN") == "0" else NOT_BUILT)
+
+
+def check_data(name: str, uri: str | None) -> Finding:
+    subject = f"data {name}"
+    if uri is None:
+        return Finding(5, FAIL, subject, "is not in paths.datasets", f"paths.datasets.{name}: file://…")
+    folder = here(uri)
+    if folder is None:
+        return Finding(5, NOT, subject, f"{uri} is not on this machine")
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        return Finding(5, FAIL, subject, f"{uri} holds no *.jsonl", "one JSON record a line")
+    records = 0
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            if problem := bad_record(line):
+                return Finding(5, FAIL, subject, f"{name}/{file.name}:{number}: {problem}", "mend this line")
+            records += 1
+    return Finding(5, OK, subject, f"{records} records in {len(files)} file(s), not tokenized")
+
+
+def bad_record(line: str) -> str | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    if not isinstance(record, dict):
+        return "not an object"
+    for names in (("prompt", "text"), ("solution", "code")):
+        if not any(isinstance(record.get(n), str) and record[n] for n in names):
+            return f"no {' or '.join(names)}"
+    return None
+
+
+def here(uri: str) -> Path | None:
+    """The folder that the image will have as `uri`, as far as this machine has it."""
+    kind, path = PathResolver().resolve(uri)
+    if kind != "file":
+        return None
+    in_repository = ROOT / uri.removeprefix(f"file://{WORK_FOLDER}/")
+    for folder in (Path(path), in_repository):
+        if folder.is_dir():
+            return folder
+    return None
+
+
+# ---- what a person sees --------------------------------------------------------------------------
+
+
+def colours() -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+    return sys.stderr.isatty() and not plain
+
+
+def show(findings: list[Finding], resolved: list[dict[str, Any]], every_value: bool) -> None:
+    tint = {OK: "32", WARN: "33", FAIL: "31", NOT: "2"} if colours() else {}
+    for number, title in enumerate(HEADINGS, 1):
+        say(f"{number}/5 {title}")
+        for finding in (f for f in findings if f.heading == number):
+            word = f"{finding.verdict:<12}"
+            if finding.verdict in tint:
+                word = f"\033[{tint[finding.verdict]}m{word}\033[0m"
+            detail = finding.detail.strip().replace("\n", "\n" + " " * 15)
+            say(f"  {word} {finding.subject:<28} {detail}".rstrip())
+            if finding.next:
+                say(f"               next  {finding.next}")
+        if number == 1 and every_value:
+            for row in (row for pair in resolved for row in pair["keys"]):
+                say(f"               {bare(row['key'])}: {shown(row['value'])}  ({row['from']})")
+        elif number == 1 and resolved:
+            say("               each value and its source: name one ALGO, or --json")
+
+
+def shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def unique(findings: list[Finding]) -> list[Finding]:
+    """Three recipes share a configuration: what was found once is said once."""
+    return list(dict.fromkeys(findings))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m wmtp.preflight", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--env", required=True, choices=("test", "minitest", "production"))
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--recipe", required=True, action="append")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--revision", default="0000000", help="for the run's name")
+    parser.add_argument("--receipt-dir", type=Path, help="where the receipt is written")
+    parser.add_argument("--json", action="store_true", help="the findings on standard output")
+    parser.add_argument("--offline", action="store_true", help="no bucket is meant to be asked")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    began = time.monotonic()
+    findings, pairs, resolved = check_configuration(args.config, args.recipe, args.overrides, args.env)
+    name = args.env
+    if len(args.recipe) == 1 and pairs:
+        digest = settings.digest(pairs[0].config, pairs[0].recipe)
+        name = os.environ.get("RUN_NAME") or (f"{args.env}-{pairs[0].algo}-{args.revision[:7]}-{digest}")
+    algos = ", ".join(p.algo for p in pairs) or "no recipe that loads"
+    say(f"dry run   {args.env}, {algos}, revision {args.revision}")
+    if pairs:
+        findings += check_registry(pairs)
+    for pair in pairs:
+        findings += [*check_paths(pair), *check_distributed(pair)]
+        findings += check_pipeline(pair, args.offline)
+    for number in range(2, 6):
+        if not pairs:
+            findings.append(Finding(number, NOT, HEADINGS[number - 1], "nothing loaded"))
+    findings = unique(findings)
+    show(findings, resolved, every_value=len(args.recipe) == 1)
+
+    counts = Counter(f.verdict for f in findings)
+    report = {
+        "env": args.env,
+        "run": name,
+        "revision": args.revision,
+        "counts": {verdict: counts[verdict] for verdict in (OK, WARN, NOT, FAIL)},
+        "findings": [asdict(f) for f in findings],
+        "resolved": resolved,
+    }
+    text = json.dumps(report, indent=2, default=str) + "\n"
+    receipt = ""
+    if args.receipt_dir:
+        folder = args.receipt_dir / name if name != args.env else args.receipt_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "preflight.json").write_text(text)
+        receipt = f"; receipt {folder / 'preflight.json'}"
+    if args.json:
+        sys.stdout.write(text)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (OK, WARN, NOT, FAIL))
+    say(f"dry run   {summary} in {time.monotonic() - began:.1f} s{receipt}")
+    return 2 if counts[FAIL] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Checkpoints on one rank: complete or invisible, pruned, refused when damaged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, quoted, s5cmd_binary
+
+
+def make(folder: Path, remote: str | None = None, keep: int = 2) -> Checkpoints:
+    return Checkpoints(folder, remote, keep_last=keep, retries=2, concurrency=2, part_mb=5)
+
+
+def parts() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_what_was_saved_comes_back_into_other_objects(tmp_path: Path) -> None:
+    model, optimizer = parts()
+    make(tmp_path).save(3, model, optimizer, {"waited": 7})
+    other = torch.nn.Linear(3, 2)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    state = make(tmp_path).load(3, other, other_optimizer)
+    assert state == {"step": 3, "waited": 7}
+    assert torch.equal(other.weight, model.weight)
+    saved, loaded = (o.state_dict()["state"][0]["exp_avg"] for o in (optimizer, other_optimizer))
+    assert torch.equal(saved, loaded)
+
+
+def test_a_kill_in_the_middle_of_a_save_is_invisible_and_swept_up(tmp_path: Path) -> None:
+    (tmp_path / ".step-5").mkdir()
+    (tmp_path / ".step-5" / "half").write_text("x")
+    (tmp_path / "step-4").mkdir()  # no marker: pruning was cut short
+    checkpoints = make(tmp_path)
+    assert checkpoints.steps() == []
+    assert not (tmp_path / ".step-5").exists()
+
+
+def test_keep_last_keeps_the_newest(tmp_path: Path) -> None:
+    model, optimizer = parts()
+    checkpoints = make(tmp_path, keep=2)
+    for step in (1, 2, 10):
+        checkpoints.save(step, model, optimizer, {})
+    assert checkpoints.steps() == [2, 10]
+    assert not (tmp_path / "step-1").exists()
+
+
+def test_a_truncated_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    model, optimizer = parts()
+    folder = make(tmp_path).save(1, model, optimizer, {})
+    shard = next(folder.glob("*.distcp"))
+    os.truncate(shard, 10)
+    with pytest.raises(CheckpointError, match=shard.name):
+        make(tmp_path).load(1, model, optimizer)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        make(tmp_path / "file" / "run")
+
+
+def test_a_quoted_argument_survives_spaces_and_quotes() -> None:
+    assert quoted('a "b" c') == '"a \\"b\\" c"'
+
+
+@pytest.fixture
+def prefix() -> str:
+    if "S3_ENDPOINT_URL" not in os.environ:
+        pytest.skip("no bucket in the environment: run through `make test`, which starts one")
+    return f"s3://{os.environ['S3_BUCKET_NAME']}/test-{uuid.uuid4().hex}"
+
+
+def test_the_bucket_gets_the_marker_and_loses_what_is_old(tmp_path: Path, prefix: str) -> None:
+    model, optimizer = parts()
+    checkpoints = make(tmp_path, prefix, keep=1)
+    checkpoints.save(1, model, optimizer, {})
+    checkpoints.save(2, model, optimizer, {})
+    checkpoints.close()
+    assert make(tmp_path, prefix).remote_steps() == [2]
+    assert make(tmp_path, prefix).steps() == [2]
+
+
+def test_a_checkpoint_comes_back_from_the_bucket_on_another_machine(tmp_path: Path, prefix: str) -> None:
+    model, optimizer = parts()
+    checkpoints = make(tmp_path / "one", prefix)
+    checkpoints.save(4, model, optimizer, {"waited": 1})
+    checkpoints.close()
+    other = make(tmp_path / "two", prefix)
+    other.fetch_newest()
+    assert other.steps() == [4]
+    assert other.load(4, *parts())["waited"] == 1
+
+
+def test_a_checkpoint_without_its_marker_in_the_bucket_is_not_one(tmp_path: Path, prefix: str) -> None:
+    model, optimizer = parts()
+    checkpoints = make(tmp_path / "one", prefix)
+    checkpoints.save(4, model, optimizer, {})
+    checkpoints.close()
+    subprocess.run([s5cmd_binary(), "rm", f"{prefix}/step-4/{MARKER}"], check=True, capture_output=True)
+    other = make(tmp_path / "two", prefix)
+    other.fetch_newest()
+    assert other.steps() == []
+
+
+def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str) -> None:
+    model, optimizer = parts()
+    checkpoints = make(tmp_path, "s3://no-such-bucket-here/x")
+    checkpoints.save(1, model, optimizer, {})
+    with pytest.raises(CheckpointError, match="s5cmd"):
+        checkpoints.close()
+    assert checkpoints.steps() == [1]  # the disk still has it

@@ -1,0 +1,38 @@
+"""Rules of the house that no single module can keep."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("module", ["config", "paths", "registry", "manifest", "preflight", "report", "vocab"])
+def test_looking_does_not_import_torch(module: str) -> None:
+    code = f"import sys, wmtp.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch brings nvidia-* packages")
+def test_an_environment_without_a_gpu_holds_no_nvidia_package() -> None:
+    names = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    assert not [n for n in names if n.startswith("nvidia-")]
+
+
+def test_locks_record_hashes_and_no_addresses() -> None:
+    for lock in ("run.txt", "dev.txt", "uv.txt"):
+        text = (ROOT / "requirements" / lock).read_text()
+        assert "://" not in text and "--hash=sha256:" in text
+        assert not [line for line in text.splitlines() if line.startswith("torch==")]
+
+
+def test_a_script_stays_within_150_lines() -> None:
+    scripts = [*(ROOT / "scripts").rglob("*.*sh"), *(ROOT / "docker").glob("*.sh")]
+    assert scripts
+    assert {s.name: n for s in scripts if (n := len(s.read_text().splitlines())) > 150} == {}

@@ -1,0 +1,566 @@
+"""The model against an independent Llama of transformers, its packing, its files in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from wmtp import model as model_module
+from wmtp.model import (
+    ModelError,
+    ModelSpec,
+    MTPModel,
+    attention_layout,
+    export_hf,
+    finish_meta,
+    load_model,
+    load_state,
+    read_spec,
+    shard_units,
+)
+
+GENERATE = Path(__file__).parent / "test_models" / "generate.py"
+SMALL = ModelSpec(
+    layout="hf", heads=3, hidden=32, trunk_layers=2, n_heads=4, n_kv_heads=2, intermediate=48, vocab_size=50
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models with space")
+    subprocess.run([sys.executable, GENERATE, "--out", out], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def base(models: Path) -> MTPModel:
+    return load_model(models / "test-llama-mtp", "cpu").eval()
+
+
+def lively(spec: ModelSpec, seed: int = 0) -> MTPModel:
+    """A model whose attention matters: weights far larger than a trained start."""
+    torch.manual_seed(seed)
+    model = MTPModel(spec)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0, 0.2) if "norm" in name else p.normal_(0.0, 0.3)
+    return model.eval()
+
+
+def oracle_labels(x: Tensor, document: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    labels = torch.full((*x.shape, heads), -100)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            for k in range(heads):
+                j = t + k + 1
+                if j < x.shape[1] and document[b, t] == document[b, j] and document[b, t] >= 0:
+                    labels[b, t, k] = x[b, j]
+    return labels, labels != -100
+
+
+def test_model_heads_have_the_logits_of_independent_llamas(models: Path, base: MTPModel) -> None:
+    """Built here from the Meta file alone: names, each head as the last layer, rotary order of query and key rows."""
+    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
+    params = json.loads((models / "test-llama-mtp" / "params.json").read_text())
+    heads, dim = params["n_heads"], params["dim"]
+    size = dim // heads
+    config = LlamaConfig(
+        vocab_size=params["vocab_size"],
+        hidden_size=dim,
+        intermediate_size=raw["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        rms_norm_eps=params["norm_eps"],
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "eager"
+
+    def turned(w: Tensor) -> Tensor:  # row by row: Meta's pair (2i, 2i+1) is transformers' (i, i + size/2)
+        out = torch.empty_like(w)
+        for h in range(heads):
+            for i in range(size // 2):
+                out[h * size + i] = w[h * size + 2 * i]
+                out[h * size + i + size // 2] = w[h * size + 2 * i + 1]
+        return out
+
+    x = torch.randint(0, 32000, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden = base.hidden(x, torch.zeros_like(x))
+    for k, last in enumerate(["layers.1", "extra_heads.0", "extra_heads.1", "extra_heads.2"]):
+        state = {
+            "model.embed_tokens.weight": raw["tok_embeddings.weight"],
+            "model.norm.weight": raw["norm.weight"],
+            "lm_head.weight": raw["output.weight"],
+        }
+        for ours, meta in (("model.layers.0", "layers.0"), ("model.layers.1", last)):
+            state |= {
+                f"{ours}.self_attn.q_proj.weight": turned(raw[f"{meta}.attention.wq.weight"]),
+                f"{ours}.self_attn.k_proj.weight": turned(raw[f"{meta}.attention.wk.weight"]),
+                f"{ours}.self_attn.v_proj.weight": raw[f"{meta}.attention.wv.weight"],
+                f"{ours}.self_attn.o_proj.weight": raw[f"{meta}.attention.wo.weight"],
+                f"{ours}.mlp.gate_proj.weight": raw[f"{meta}.feed_forward.w1.weight"],
+                f"{ours}.mlp.down_proj.weight": raw[f"{meta}.feed_forward.w2.weight"],
+                f"{ours}.mlp.up_proj.weight": raw[f"{meta}.feed_forward.w3.weight"],
+                f"{ours}.input_layernorm.weight": raw[f"{meta}.attention_norm.weight"],
+                f"{ours}.post_attention_layernorm.weight": raw[f"{meta}.ffn_norm.weight"],
+            }
+        llama = LlamaForCausalLM(config).eval()
+        llama.load_state_dict(state)
+        with torch.no_grad():
+            got = base.lm_head.logits(hidden[:, :, k])
+            torch.testing.assert_close(got, llama(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def meta_attention(x: Tensor, wq: Tensor, wk: Tensor, heads: int, theta: float) -> Tensor:
+    """Query-key scores as Meta's own code makes them: pairs of neighbours turned as complex numbers."""
+    length, size = x.shape[0], wq.shape[0] // heads
+    freqs = 1.0 / (theta ** (torch.arange(0, size, 2).float() / size))
+    turn = torch.polar(torch.ones(length, size // 2), torch.outer(torch.arange(length).float(), freqs))
+
+    def rotated(w: Tensor) -> Tensor:
+        pairs = torch.view_as_complex((x @ w.T).view(length, heads, size // 2, 2))
+        return torch.view_as_real(pairs * turn[:, None]).flatten(2)
+
+    return torch.einsum("shd,thd->hst", rotated(wq), rotated(wk))
+
+
+def test_model_rotary_rows_score_as_metas_complex_rotation() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, wq, wk = (torch.randn(n, 32, generator=g) for n in (7, 32, 32))
+    layer = MTPModel(dataclasses.replace(SMALL, n_kv_heads=4))
+    cos, sin = layer.rotary_emb(x, position_ids=torch.arange(7)[None])
+
+    def rotated(w: Tensor) -> Tensor:
+        y = (x @ model_module._half_split(w, 4).T).view(7, 4, 8)
+        half = torch.cat((-y[..., 4:], y[..., :4]), dim=-1)
+        return y * cos[0][:, None] + half * sin[0][:, None]
+
+    got = torch.einsum("shd,thd->hst", rotated(wq), rotated(wk))
+    torch.testing.assert_close(got, meta_attention(x, wq, wk, 4, 10000.0), atol=1e-4, rtol=1e-5)
+
+
+def test_model_packed_document_equals_the_document_alone() -> None:
+    model = lively(SMALL)
+    g = torch.Generator().manual_seed(5)
+    lengths = [5, 1, 7, 2]
+    documents = [torch.randint(0, 50, (n,), generator=g) for n in lengths]
+    pad = 3
+    x = torch.cat([*documents, torch.full((pad,), 2)])[None]
+    ids = torch.cat([torch.full((n,), i) for i, n in enumerate([*lengths])] + [torch.full((pad,), -1)])
+    labels, mask = oracle_labels(x, ids[None], 3)
+    with torch.no_grad():
+        together = model.hidden(x, ids[None])
+        _, ce = model(x, ids[None], labels, mask, count=mask.sum())
+        start = 0
+        for document in documents:
+            alone_x, zero = document[None], torch.zeros(1, len(document), dtype=torch.long)
+            there = slice(start, start + len(document))
+            torch.testing.assert_close(together[:, there], model.hidden(alone_x, zero), atol=2e-5, rtol=1e-5)
+            alone_labels, alone_mask = oracle_labels(alone_x, zero, 3)
+            _, alone_ce = model(alone_x, zero, alone_labels, alone_mask, count=alone_mask.sum().clamp(min=1))
+            torch.testing.assert_close(ce[:, there], alone_ce, atol=2e-5, rtol=1e-5)
+            start += len(document)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_model_gradient_and_output_of_a_document_ignore_its_neighbours(changed: int) -> None:
+    model = lively(SMALL)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2, -1]])
+    x = torch.arange(10)[None]
+    other = torch.where(ids == changed, (x + 17) % 50, x)
+    with torch.no_grad():
+        moved = (model.hidden(x, ids) - model.hidden(other, ids)).abs().amax(dim=(0, 2, 3))
+    assert (moved[ids[0] == changed] > 1e-3).all()
+    assert (moved[ids[0] != changed] == 0).all()
+
+
+def test_model_no_position_sees_a_later_token() -> None:
+    model = lively(SMALL)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    x = torch.arange(8)[None]
+    later = x.clone()
+    later[0, 5] = 40
+    with torch.no_grad():
+        moved = (model.hidden(x, ids) - model.hidden(later, ids)).abs().amax(dim=(0, 2, 3))
+    assert (moved[:5] == 0).all() and (moved[5:] > 1e-3).all()
+
+
+def test_attention_layout_restarts_positions_and_leaves_no_row_empty() -> None:
+    positions, mask = attention_layout(torch.tensor([[4, 4, 7, 7, 7, -1, -1], [0, 1, 2, 3, 3, 3, 0]]))
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 1], [0, 0, 0, 0, 1, 2, 0]]
+    assert mask.shape == (2, 1, 7, 7) and mask.dtype == torch.bool
+    assert mask.any(-1).all()
+    assert not mask[1, 0, 6, 0]  # an id that comes again is another document
+
+
+@pytest.mark.parametrize("budget", [50, 400, 1 << 25])
+@pytest.mark.parametrize("layers_too", [False, True])
+def test_model_loss_and_gradients_equal_the_naive_form(
+    monkeypatch: pytest.MonkeyPatch, budget: int, layers_too: bool
+) -> None:
+    monkeypatch.setattr(model_module, "LOGIT_BUDGET", budget)
+    model = lively(SMALL).train()
+    x = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(8))
+    ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1, -1], [0] * 9])
+    labels, mask = oracle_labels(x, ids, 3)
+    logits = model.lm_head.logits(model.hidden(x, ids))
+    naive = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="sum") / 100
+    naive.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.checkpoint_layers = layers_too
+    loss, ce = model(x, ids, labels, mask, count=torch.tensor(100))
+    loss.backward()
+    assert expected.keys() == dict(model.named_parameters()).keys()
+    torch.testing.assert_close(loss, naive)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert ce.dtype == torch.float32 and not ce.requires_grad and (ce[~mask] == 0).all()
+    torch.testing.assert_close(ce.sum() / 100, naive.detach())
+
+
+def test_model_without_a_label_gives_zero_loss_and_zero_gradients() -> None:
+    model = lively(SMALL).train()
+    x = torch.full((1, 6), 2)
+    labels = torch.full((1, 6, 3), -100)
+    loss, ce = model(x, torch.full((1, 6), -1), labels, labels != -100, count=1)
+    loss.backward()
+    assert loss.item() == 0 and (ce == 0).all()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
+def test_model_ce_is_float32_under_bf16() -> None:
+    model = lively(SMALL).bfloat16()
+    model.rotary_emb.float()
+    x = torch.arange(6)[None]
+    ids = torch.zeros_like(x)
+    labels, mask = oracle_labels(x, ids, 3)
+    _, ce = model(x, ids, labels, mask, count=mask.sum())
+    assert ce.dtype == torch.float32
+    assert not torch.equal(ce, ce.bfloat16().float())
+
+
+def test_model_from_meta_equals_one_built_whole(models: Path, base: MTPModel) -> None:
+    folder = models / "test-llama-mtp"
+    whole = MTPModel(read_spec(folder))
+    whole.load_state_dict(load_state(folder, read_spec(folder)))
+    x = torch.arange(12)[None]
+    ids = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        assert torch.equal(whole.eval().hidden(x, ids), base.hidden(x, ids))
+    assert {p.device.type for p in base.parameters()} == {"cpu"}
+
+
+def test_model_tied_weights_stay_one_after_meta() -> None:
+    spec = dataclasses.replace(SMALL, tied=True)
+    with torch.device("meta"):
+        model = MTPModel(spec)
+    finish_meta(model, "cpu")
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert model.lm_head not in shard_units(model)
+    assert len(shard_units(MTPModel(SMALL))) == 2 + 3 + 1
+
+
+def test_model_learns_within_twelve_steps(models: Path) -> None:
+    model = load_model(models / "test-llama-mtp", "cpu").train()
+    text = (Path(json.__file__)).read_bytes()[:96]
+    x = torch.tensor(list(text))[None]
+    ids = torch.zeros_like(x)
+    labels, mask = oracle_labels(x, ids, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss, _ = model(x, ids, labels, mask, count=mask.sum())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert 9.5 < losses[0] < 11
+    assert losses[-1] < losses[0] - 0.5
+
+
+# ---- two ranks ---
+
+
+def two_rank_batch(spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.randint(0, spec.vocab_size, (8, 10), generator=torch.Generator().manual_seed(1))
+    ids = (torch.arange(10) // 4)[None].repeat(8, 1)
+    labels, mask = oracle_labels(x, ids, spec.heads)
+    labels[2:4], mask[2:4] = -100, False  # a micro-batch without a label
+    return x, ids, labels, mask
+
+
+def sharded_worker(rank: int, folder: str, cases: list[ModelSpec]) -> None:
+    """meta -> fully_shard -> to_empty -> load from rank 0 -> two micro-batches; leaves gradients and loss."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for number, spec in enumerate(cases):
+        with torch.device("meta"):
+            model = MTPModel(spec)
+        model.checkpoint_layers = bool(number % 2)
+        for unit in [*shard_units(model), model]:
+            fully_shard(unit)
+        finish_meta(model, "cpu")
+        set_model_state_dict(model, lively(spec).state_dict() if rank == 0 else {}, options=options)
+        batch = two_rank_batch(spec)
+        total = torch.zeros(())
+        for i in range(2):
+            sharded: Any = model
+            sharded.set_requires_gradient_sync(i == 1)
+            sharded.set_is_last_backward(i == 1)
+            part = slice(4 * rank + 2 * i, 4 * rank + 2 * i + 2)
+            loss, _ = model(*(t[part] for t in batch), count=batch[3].sum())
+            (loss * 2).backward()  # FSDP averages over the ranks
+            total += loss.detach()
+        dist.all_reduce(total)
+        grads = {n: cast(Any, p.grad).full_tensor() for n, p in model.named_parameters()}
+        if rank == 0:
+            torch.save({"loss": total, "grads": grads}, f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def test_model_two_sharded_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
+    cases = [SMALL, SMALL, dataclasses.replace(SMALL, tied=True)]
+    mp.spawn(sharded_worker, args=(str(tmp_path), cases), nprocs=2)
+    for number, spec in enumerate(cases):
+        model = lively(spec).train()
+        batch = two_rank_batch(spec)
+        loss, _ = model(*batch, count=batch[3].sum())
+        loss.backward()
+        got = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        torch.testing.assert_close(got["loss"], loss.detach())
+        assert got["grads"].keys() == dict(model.named_parameters()).keys()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            assert (got["grads"][name] - p.grad).norm() <= 2e-6 * p.grad.norm(), name
+
+
+# ---- specs ------------------------------------------------------------------------------------
+
+
+def test_read_spec_of_the_three_generated_models(models: Path) -> None:
+    spec = read_spec(models / "test-llama-mtp")
+    assert spec == ModelSpec("meta", 4, 64, 1, 4, 4, 192, 32000)
+    reference = read_spec(models / "test-llama")
+    assert (reference.layout, reference.heads, reference.trunk_layers) == ("hf", 1, 1)
+    assert read_spec(models / "test-rm-llama").hidden == 64
+
+
+def test_read_spec_reads_an_unknown_vocabulary_from_the_weights(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(models / "test-llama-mtp", folder)
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    assert read_spec(folder).vocab_size == 32000
+
+
+@pytest.mark.parametrize(
+    ("params", "width"),
+    [
+        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 11008),  # Llama 2 7B
+        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}, 14336),
+    ],
+)  # fmt: skip
+def test_read_spec_feed_forward_width_is_metas(tmp_path: Path, params: dict, width: int) -> None:
+    content = params | {"vocab_size": 32000, "n_future_tokens": 4}
+    (tmp_path / "params.json").write_text(json.dumps(content))
+    assert read_spec(tmp_path).intermediate == width
+    assert read_spec(tmp_path).trunk_layers == 28
+
+
+META = {"dim": 64, "n_layers": 8, "n_heads": 4, "n_future_tokens": 4, "vocab_size": 9}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 8,
+    "vocab_size": 9,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("params.json", "{", "params.json"),
+        ("params.json", "[]", "not an object"),
+        ("params.json", json.dumps({"dim": 64}), "n_layers, n_heads"),
+        ("params.json", json.dumps(META | {"n_layers": 3}), "trunk layers = -1"),
+        ("params.json", json.dumps(META | {"n_heads": 5}), "64 with 5 attention heads"),
+        ("params.json", json.dumps(META | {"n_kv_heads": 3}), "3 key-value heads"),
+        ("config.json", json.dumps(LLAMA | {"model_type": "gpt2"}), "model_type gpt2"),
+        ("config.json", json.dumps(LLAMA | {"attention_bias": True}), "attention_bias"),
+        ("config.json", json.dumps(LLAMA | {"head_dim": 32}), "head_dim 32"),
+        ("config.json", json.dumps(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}}), "scaled rotary"),
+        ("other.json", "{}", "neither params.json nor config.json"),
+    ],
+)
+def test_read_spec_says_what_is_wrong(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=words) as caught:
+        read_spec(tmp_path)
+    assert "rule:" in str(caught.value) and "next:" in str(caught.value)
+
+
+def test_load_model_takes_weights_stored_in_bf16(models: Path, base: MTPModel, tmp_path: Path) -> None:
+    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
+    torch.save({k: v.bfloat16() for k, v in raw.items()}, tmp_path / "consolidated.pth")
+    shutil.copy(models / "test-llama-mtp" / "params.json", tmp_path)
+    model = load_model(tmp_path, "cpu")
+    for (name, p), q in zip(model.named_parameters(), base.parameters(), strict=True):
+        assert p.dtype == torch.float32 and torch.equal(p, q.bfloat16().float()), name
+
+
+# ---- strictness ---------------------------------------------------------------------------------
+
+
+def test_load_state_lists_every_missing_unexpected_and_misshapen_tensor(models: Path, tmp_path: Path) -> None:
+    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
+    del raw["extra_heads.2.ffn_norm.weight"], raw["layers.1.attention.wq.weight"]
+    raw["norm.weight"] = torch.ones(63)
+    raw["layers.0.attention.wk.weight"] = torch.ones(30, 64)
+    raw["surprise.weight"] = raw["layers.7.attention_norm.weight"] = torch.ones(64)
+    raw["rope.freqs"] = torch.ones(8)  # computed: read over
+    torch.save(raw, tmp_path / "consolidated.pth")
+    with pytest.raises(ModelError) as caught:
+        load_state(tmp_path, read_spec(models / "test-llama-mtp"))
+    text = str(caught.value)
+    assert "6 tensors don't fit" in text
+    for line in (
+        "missing heads.3.post_attention_layernorm.weight",
+        "missing heads.0.self_attn.q_proj.weight",
+        "unexpected surprise.weight",
+        "unexpected layers.7.input_layernorm.weight",
+        "misshapen norm.weight [63], expected [64]",
+        "misshapen layers.0.self_attn.k_proj.weight [30, 64], expected [64, 64]",
+    ):
+        assert line in text
+
+
+def test_load_state_refuses_a_reward_models_value_head(models: Path) -> None:
+    folder = models / "test-rm-llama"
+    with pytest.raises(ModelError, match=r"unexpected v_head\.weight") as caught:
+        load_state(folder, read_spec(folder))
+    assert "missing lm_head.weight" in str(caught.value)
+
+
+def test_load_state_refuses_a_pickle_that_runs_code(models: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "boom"),)
+
+    torch.save({"norm.weight": Bomb()}, tmp_path / "consolidated.pth")
+    with pytest.raises(ModelError, match="tensors only"):
+        load_state(tmp_path, read_spec(models / "test-llama-mtp"))
+    assert not (tmp_path / "boom").exists()
+
+
+def test_load_state_refuses_a_torn_file_and_an_empty_folder(models: Path, tmp_path: Path) -> None:
+    whole = (models / "test-llama-mtp" / "consolidated.pth").read_bytes()
+    (tmp_path / "consolidated.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"consolidated\.pth"):
+        load_state(tmp_path, read_spec(models / "test-llama-mtp"))
+    with pytest.raises(ModelError, match="no weights"):
+        load_state(tmp_path / "none", read_spec(models / "test-llama"))
+
+
+def test_load_state_reads_shards_by_index_and_torch_files(models: Path, tmp_path: Path) -> None:
+    spec = read_spec(models / "test-llama")
+    whole = load_state(models / "test-llama", spec)
+    from safetensors.torch import load_file
+
+    raw = load_file(models / "test-llama" / "model.safetensors")
+    names = sorted(raw)
+    for i, part in enumerate((names[:5], names[5:])):
+        torch.save({n: raw[n] for n in part}, tmp_path / f"part-{i}.bin")
+    where = {n: f"part-{int(n in names[5:])}.bin" for n in names}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    for key, tensor in load_state(tmp_path, spec).items():
+        assert torch.equal(tensor, whole[key])
+    where[names[0]] = "../elsewhere.bin"
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ModelError, match="plain file names"):
+        load_state(tmp_path, spec)
+
+
+# ---- export -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_bytes", [4 << 30, 9_000_000])
+def test_export_loads_as_a_plain_llama_and_with_all_heads(
+    models: Path, base: MTPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    monkeypatch.setattr(model_module, "SHARD_BYTES", shard_bytes)
+    spec, out = base.spec, tmp_path / "out"
+    export_hf(base.state_dict(), spec, out, models / "test-llama-mtp")
+    assert len(list(out.glob("model*.safetensors"))) == (1 if shard_bytes > 1 << 30 else 2)
+    tokenizer = (models / "test-llama-mtp" / "tokenizer.model").read_bytes()
+    assert (out / "tokenizer.model").read_bytes() == tokenizer
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    llama, info = loaded
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert isinstance(llama, LlamaForCausalLM)
+    x = torch.arange(20)[None]
+    ids = torch.zeros_like(x)
+    with torch.no_grad():
+        expected = base.lm_head.logits(base.hidden(x, ids)[:, :, 0])
+        torch.testing.assert_close(llama.eval()(x).logits, expected, atol=1e-5, rtol=1e-5)
+    assert dataclasses.replace(read_spec(out), layout="meta") == spec
+    again = load_state(out, read_spec(out))
+    assert again.keys() == base.state_dict().keys()
+    assert all(torch.equal(again[k], v) for k, v in base.state_dict().items())
+
+
+def test_export_of_a_tied_model_with_grouped_keys(tmp_path: Path) -> None:
+    model = lively(dataclasses.replace(SMALL, tied=True, rope_theta=5e5, norm_eps=1e-4))
+    export_hf(model.state_dict(), model.spec, tmp_path, tmp_path)
+    assert read_spec(tmp_path) == model.spec
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    x = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model.lm_head.logits(model.hidden(x, torch.zeros_like(x))[:, :, 0])
+        torch.testing.assert_close(llama(x).logits, expected, atol=1e-5, rtol=1e-4)
+    load_model(tmp_path, "cpu")
+
+
+# ---- the generator ----------------------------------------------------------------------------------
+
+
+def test_generator_is_idempotent_and_repeats_bit_for_bit(models: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("generate", GENERATE)
+    assert spec and spec.loader
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    weights = models / "test-llama" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    generate.generate(models)
+    assert weights.stat().st_mtime_ns == before
+    generate.generate(tmp_path)
+    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert len(files) == 9 + 3  # three files a model, three stamps
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (models / name).read_bytes(), name
+    (tmp_path / ".test-llama.stamp").write_text("another script")
+    (tmp_path / "test-llama" / "model.safetensors").write_bytes(b"old")
+    generate.generate(tmp_path)
+    assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmtp import tracking
+from wmtp.tracking import Tracker, backend
+
+ONE = {"tags": {"algo": "baseline-mtp"}, "params": {"train.max_steps": 12}}
+
+
+def tracker(folder: Path, **changed: Any) -> Tracker:
+    settings: dict[str, Any] = {
+        "tracking_uri": f"file://{folder / 'ml runs'}",
+        "experiment": "wmtp/test",
+        "run_name": "test-run",
+        "state_file": folder / "state" / "mlflow.json",
+        **ONE,
+        **changed,
+    }
+    return Tracker(**settings)
+
+
+def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(folder / "ml runs" / "mlflow.db") as database:
+        return database.execute(query).fetchall()
+
+
+def test_a_folder_holds_database_and_artifacts(tmp_path: Path) -> None:
+    artifact = tmp_path / "summary.json"
+    artifact.write_text("{}")
+    record = tracker(tmp_path)
+    record.log(1, {"wmtp_loss": 10.5, "lr": 1e-3})
+    record.log(2, {"wmtp_loss": 10.25, "lr": math.nan})
+    record.artifact(artifact)
+    run_id = record.run_id
+    record.finish()
+
+    assert run_id is not None
+    assert (record.failures, record.lost) == (0, 0)
+    assert rows(tmp_path, "select run_uuid, name, status from runs") == [(run_id, "test-run", "FINISHED")]
+    losses = "select step, value from metrics where key = 'wmtp_loss' order by step"
+    assert rows(tmp_path, losses) == [(1, 10.5), (2, 10.25)]
+    assert rows(tmp_path, "select key, value from params") == [("train.max_steps", "12")]
+    assert ("algo", "baseline-mtp") in rows(tmp_path, "select key, value from tags")
+    kept = tmp_path / "ml runs" / "artifacts" / run_id / "artifacts" / "summary.json"
+    assert kept.read_text() == "{}"
+
+
+def test_a_second_start_continues_the_run_and_repeats_no_step(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {"wmtp_loss": float(step)})
+    first.finish("KILLED")
+    assert rows(tmp_path, "select status from runs") == [("KILLED",)]
+
+    second = tracker(tmp_path, params={"train.max_steps": 13})
+    for step in (3, 4):
+        second.log(step, {"wmtp_loss": float(step)})
+    assert second.run_id == first.run_id
+    second.finish()
+
+    assert second.failures == 0
+    steps = rows(tmp_path, "select step from metrics where key = 'wmtp_loss' order by step")
+    assert steps == [(1,), (2,), (3,), (4,)]
+    assert rows(tmp_path, "select status from runs") == [("FINISHED",)]
+
+
+def test_a_kept_run_that_the_database_lacks_is_made_anew(tmp_path: Path) -> None:
+    state = tmp_path / "state" / "mlflow.json"
+    state.parent.mkdir()
+    state.write_text('{"run_id": "0123456789abcdef0123456789abcdef"}')
+    record = tracker(tmp_path)
+    record.finish()
+    assert record.failures == 0
+    assert json.loads(state.read_text())["run_id"] == record.run_id
+
+
+def test_an_outage_is_told_once_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_WAIT_S", 0.0)
+    (tmp_path / "file").write_text("not a folder")
+    record = tracker(tmp_path, tracking_uri=f"file://{tmp_path / 'file' / 'runs'}")
+    for step in range(5):
+        record.log(step, {"wmtp_loss": 1.0})
+        time.sleep(0.02)
+    record.finish("FAILED")
+    assert record.run_id is None
+    assert record.failures >= 2
+    assert record.lost == 5
+    told = capsys.readouterr().err
+    assert told.count("rule  training goes on") == 1
+    assert "5 values are not in the record" in told
+
+
+def test_what_was_logged_during_an_outage_arrives_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "RETRY_WAIT_S", 0.05)
+    wall = tmp_path / "ml runs"
+    wall.write_text("in the way")
+    record = tracker(tmp_path)
+    record.log(1, {"wmtp_loss": 3.0})
+    assert record.run_id is None
+    wall.unlink()
+    record.log(2, {"wmtp_loss": 2.0})
+    record.finish()
+    assert record.failures >= 1
+    assert record.lost == 0
+    assert rows(tmp_path, "select step from metrics order by step") == [(1,), (2,)]
+
+
+def test_a_hanging_server_does_not_hold_the_end_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Tracker, "_connect", lambda self: time.sleep(5))
+    begun = time.monotonic()
+    record = tracker(tmp_path)
+    record.log(1, {"wmtp_loss": 1.0})
+    record.finish(wait_s=0.2)
+    assert time.monotonic() - begun < 2
+    assert "no answer within" in capsys.readouterr().err
+
+
+def test_other_ranks_record_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    record = tracker(tmp_path)
+    record.log(1, {"wmtp_loss": 1.0})
+    record.finish()
+    assert record.run_id is None
+    assert not (tmp_path / "ml runs").exists()
+
+
+def test_an_unknown_status_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="FINISHED, FAILED, KILLED"):
+        tracker(tmp_path).finish("DONE")
+
+
+@pytest.mark.parametrize(
+    ("uri", "used"),
+    [
+        ("file:///d/runs", "sqlite:////d/runs/mlflow.db"),
+        ("/d/runs", "sqlite:////d/runs/mlflow.db"),
+        ("s3://wmtp/mlruns", "sqlite:////r/mlruns/mlflow.db"),
+        ("https://user:pw@host/x", "https://user:pw@host/x"),
+        ("sqlite:////d/x.db", "sqlite:////d/x.db"),
+    ],
+)
+def test_backend(uri: str, used: str) -> None:
+    assert backend(uri, Path("/r/mlruns"))[0] == used
+
+
+def test_no_secret_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tracker(tmp_path, tracking_uri="postgresql://me:hunter2@127.0.0.1:9/x")
+    record.finish()
+    told = capsys.readouterr().err
+    assert "warn" in told
+    assert "hunter2" not in told
