@@ -27,7 +27,7 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
 
 @test "test_vessl_config: shows each value with where it came from" {
   S3_BUCKET_NAME=my-bucket ALGO=baseline-mtp SET=seed=7 run -0 --separate-stderr dryrun
-  [[ $stderr == *'seed: 7  (--set seed)'* ]]
+  [[ $stderr == *'seed: 7  (--set'* ]]
   [[ $stderr == *'storage.bucket: my-bucket  ('*'S3_BUCKET_NAME)'* ]]
   [[ $stderr == *'train.algo: baseline-mtp  (configs/recipe.baseline_mtp.yaml:'* ]]
   [[ $stderr == *'(default)'* ]]

@@ -11,9 +11,9 @@ setup() {
 local_test() { "$repo/scripts/train_local.sh" "$@"; }
 
 @test "train_local: trains on one device with the test models, the summary is standard output" {
-  SET='train.max_steps=2' RUN_NAME=local run -0 --separate-stderr local_test
+  SET='train.max_steps=5' RUN_NAME=local run -0 --separate-stderr local_test
   [[ $output == "$WMTP_APP_ROOT/logs/local/summary.json" && -s $output ]]
-  [[ $stderr == *'no sync'*'Step 2/2'* ]]
+  [[ $stderr == *'no sync'*'Step 5/5'* ]]
 }
 
 @test "train_local: refuses an algorithm outside the list" {

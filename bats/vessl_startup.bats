@@ -56,7 +56,7 @@ gone() {
   run -0 cut -d' ' -f1 "$CALLS"
   [[ $output == $'sync_models\ncheck_vocab\npython' ]]
   grep -q -- '^sync_models --config configs/config.local_minitest.yaml --recipe tests/configs/recipe.baseline_mtp.yaml$' "$CALLS"
-  grep -q -- 'torch.distributed.run --standalone --nproc-per-node 2 -m wmtp.train' "$CALLS"
+  grep -q -- 'wmtp.launch --standalone --nproc-per-node 2 -m wmtp.train' "$CALLS"
   grep -q -- '--env minitest --run-name minitest-baseline-mtp-abcdef0-[0-9a-f]\{7\} --tags local,minitest,baseline-mtp' "$CALLS"
 }
 
@@ -74,7 +74,7 @@ gone() {
 
 @test "vessl_startup: test skips the sync and starts one process without torchrun" {
   ENV_MODE=test run -0 --separate-stderr startup
-  run -1 grep -E 'sync_models|torch.distributed.run' "$CALLS"
+  run -1 grep -E 'sync_models|wmtp.launch' "$CALLS"
   grep -q -- '-m wmtp.train --config tests/configs/config.local_test.yaml' "$CALLS"
 }
 
@@ -124,6 +124,13 @@ gone() {
   done
   FAIL_check_vocab=14 run -14 --separate-stderr startup
   [[ ${stderr_lines[-1]} == *next*vocabulary* ]]
+  run -1 grep wmtp.train "$CALLS"
+}
+
+@test "vessl_startup: a stage that is not there ends it with 3" {
+  rm "$tree/scripts/check_vocab.sh"
+  run -3 --separate-stderr startup
+  [[ $stderr == *"vocabularies can't be started"* ]]
   run -1 grep wmtp.train "$CALLS"
 }
 

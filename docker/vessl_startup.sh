@@ -5,7 +5,8 @@
 #   ENV_MODE   production, minitest or test (test: no sync, one process)     WMTP_ALGO  baseline-mtp, rho1-wmtp, critic-wmtp
 #   LAUNCHER   local, docker or vessl    CONFIG, RECIPE  other files than those chosen by name    SET  "key=value …"
 #   RUN_NAME   the same name is the same work: it goes on from its newest checkpoint    WMTP_APP_ROOT, S3_*, AWS_*
-# Standard output: the sync's JSON lines, then the path of summary.json. Standard error: the story.
+# Standard output: the sync's JSON lines, then the path of summary.json (beside it: vocab.json, exit.json).
+# Standard error: the story.
 # Exit codes: the table of the stages: 0 done, 2 bad input, 3 missing, 10-14 models, 20 training failed,
 # 75 stopped with everything saved, 130 and 143 ended by a signal before there was anything to save.
 set -Eeuo pipefail
@@ -25,6 +26,7 @@ stage() {
   ((ended_by == 0)) || leave "$ended_by"
   run_child "$@"
   ((ended_by == 0)) || leave "$ended_by"
+  ((rc != 126 && rc != 127)) || leave 3 "$name can't be started: $1"
   ((rc == 0)) || leave "$rc" "$name ended with $rc after $((SECONDS - started)) s"
   log startup "$name ok: $((SECONDS - started)) s"
 }
@@ -34,7 +36,7 @@ leave() {
   local next
   case $1 in
     2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
-    3) next='set what is named above (S3_BUCKET_NAME, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), start again' ;;
+    3) next='install or set what is named above (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, S3_BUCKET_NAME), start again' ;;
     10) next="make room or rights in $app, or set WMTP_APP_ROOT to another folder" ;;
     11) next='see that the bucket answers from here (S3_ENDPOINT_URL, AWS_DEFAULT_REGION), start again' ;;
     12) next='start again: what has arrived is kept' ;;
@@ -78,7 +80,7 @@ environment() {
 # train: one rank per GPU under torchrun; alone for test. The code is the trainer's own (exit.json).
 train() {
   local exit_file=$app/logs/$RUN_NAME/exit.json summary=$app/logs/$RUN_NAME/summary.json started=$SECONDS rc=0
-  local -a command=(python -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m wmtp.train)
+  local -a command=(python -m wmtp.launch --standalone --nproc-per-node "$ranks" -m wmtp.train)
   if [[ $ENV == test ]]; then command=(python -m wmtp.train); fi
   command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME"
     --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary")
@@ -112,9 +114,9 @@ main() {
   prepare
   environment
   if [[ $ENV == test ]]; then log startup 'test: no sync'; else
-    stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}"
+    stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}"
   fi
-  stage vocabularies "$ROOT/scripts/check_vocab.sh" "${SETTINGS[@]}"
+  stage vocabularies "$ROOT/scripts/check_vocab.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}" >"$app/logs/$RUN_NAME/vocab.json"
   train
 }
 

@@ -93,7 +93,7 @@ with_server() {
   done
   log bucket "$S3_ENDPOINT_URL answers; data in $DATA"
   # Its own group of fate: COMMAND dies with this shell as the server does.
-  setpriv --pdeathsig TERM "$@" <&3 &
+  setpriv --pdeathsig TERM "$@" <&3 3<&- 8>&- &
   CHILD=$!
   wait "$CHILD" || rc=$?
   return "$rc"

@@ -33,6 +33,7 @@ startup() {
   "$ROOT/docker/vessl_startup.sh" >"$RUN_DIR/startup.out"
   grep '^{' "$RUN_DIR/startup.out" >"$RUN_DIR/sync.jsonl"
   cp "$(tail -n 1 "$RUN_DIR/startup.out")" "$RUN_DIR/train.json"
+  cp "$WMTP_APP_ROOT/logs/$RUN_NAME"/{vocab,exit}.json "$RUN_DIR/"
 }
 
 # A finished run of this name is done work; a new minitest means to see all of it again. summary.json goes last, so that a

@@ -17,7 +17,7 @@ def make(folder: Path, remote: str | None = None, keep: int = 2) -> Checkpoints:
     return Checkpoints(folder, remote, keep_last=keep, retries=2, concurrency=2, part_mb=5)
 
 
-def parts() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def parts() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -688,3 +688,101 @@ def test_a_damaged_file_never_ends_in_a_traceback(
     except ConfigError as error:
         assert error.findings and all(f.rule and f.next and str(f).count("\n") == 2 for f in error.findings)
         str(error).encode()
+
+
+# ---- every bound of the reference, on both sides -------------------------------------------------
+
+BOUNDS = {
+    VESSL: {
+        "seed": (["0"], ["-1", "1.0", "true"]),
+        "log_interval": (["1"], ["0"]),
+        "paths.checkpoints.save_interval": (["1"], ["0"]),
+        "paths.checkpoints.keep_last": (["1"], ["0", "x"]),
+        "paths.checkpoints.save_final": (["false"], ["no", "0"]),
+        "storage.workers": (["1", "256"], ["0", "257"]),
+        "storage.part_size_mb": (["5", "5000"], ["4", "5001"]),
+        "storage.retries": (["1"], ["0", "-1"]),
+        "storage.retry_wait_s": (["0"], ["-1", "0.5"]),
+        "storage.stall_s": (["1"], ["0"]),
+        "mlflow.tracking_uri": (
+            ["sqlite:///x.db", "https://h/p", "s3://b/k", "file:///app/m"],
+            ["/app/m", "sqlite:", "x"],
+        ),
+        "launcher.resources.gpu_memory_gb": (["0.5", "80"], ["0", "true"]),
+        "launcher.max_hours": (["0.5"], ["0"]),
+        "launcher.price_per_hour": (["0"], ["-1"]),
+        "devices.num_proc": (["1"], ["0"]),
+        "devices.compute_backend": (["cuda", "auto"], ["gpu", "tpu"]),
+        "devices.mixed_precision": (["bf16", "fp32"], ["fp16", "float16", "bfloat16"]),
+        "devices.distributed.init_method": (["env://"], ["tcp://h:1"]),
+        "devices.distributed.timeout": (["1"], ["0", "-1"]),
+        "devices.fsdp.sharding": (["full_shard", "shard_grad_op", "no_shard"], ["FULL_SHARD"]),
+    },
+    CRITIC: {
+        "run.name": (["a b"], ["a/b", "..", ""]),
+        "run.tags": (["[]", "[a, b]"], ["a", "[1]", "[null]"]),
+        "data.train.max_length": (["8"], ["7"]),
+        "data.eval.batch_size": (["1"], ["0"]),
+        "model.heads": (["1", "8"], ["0", "9"]),
+        "train.num_epochs": (["1"], ["0"]),
+        "train.max_steps": (["1"], ["0", "null", "1e3"]),
+        "train.accumulation_steps": (["1"], ["0"]),
+        "train.early_stopping.patience": (["1"], ["0"]),
+        "pretrain.lr": (["1e-9"], ["0", "-1e-3"]),
+        "critic.gamma": (["0", "1"], ["-0.1", "1.1"]),
+        "critic.gae_lambda": (["0", "1"], ["1.1"]),
+        "critic.discount_lambda": (["0", "1"], ["1.1"]),
+        "critic.auxiliary_loss_coef": (["0"], ["-0.1"]),
+        "critic.value_lr": (["0"], ["-1e-9"]),
+        "critic.target": (["rm_sequence"], ["rm_token"]),
+        "rho1.selection_mode": (["weighted", "token_skip"], ["skip"]),
+        "rho1.skip_threshold_percentile": (["0", "0.99"], ["1", "-0.1"]),
+        "rho1.center": (["head", "none"], ["all", "null"]),
+        "loss.lambda": (["0", "1"], ["-0.1", "1.1"]),
+        "loss.weight_temperature": (["1e-3"], ["0"]),
+        "loss.epsilon": (["0.01", "0.99"], ["0", "1"]),
+        "loss.max_weight": (["1.01"], ["1", "0.5"]),
+        "loss.chunk_positions": (["auto", "1"], ["0", "all", "1.5"]),
+        "optim.optimizer": (["adamw"], ["sgd"]),
+        "optim.lr": (["1e-9"], ["0", "true", ".nan", "1e999"]),
+        "optim.weight_decay": (["0"], ["-0.1"]),
+        "optim.betas": (["[0, 0.999]"], ["[0.9, 1]", "[0.9]", "[0.9, 0.9, 0.9]", "0.9", "[-0.1, 0.9]"]),
+        "optim.grad_clip": (["0"], ["-1", "inf"]),
+        "optim.warmup_ratio": (["0", "1"], ["-0.1", "1.1"]),
+        "eval.interval": (["1"], ["0"]),
+        "eval.max_batches": (["1"], ["0"]),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "good", "bad"),
+    [(path, key, *values) for path, keys in BOUNDS.items() for key, values in keys.items()],
+    ids=[key for keys in BOUNDS.values() for key in keys],
+)
+def test_each_bound_holds_on_both_sides(path: Path, key: str, good: list[str], bad: list[str]) -> None:
+    for value in good:
+        loader(path)(path, [f"{key}={value}"])
+    for value in bad:
+        found = findings(loader(path), path, [f"{key}={value}"])
+        assert all(f.key == key or f.key.startswith(f"{key}.") for f in found), [str(f) for f in found]
+        assert {f.place for f in found} == {"--set"}
+
+
+def test_a_variable_that_is_set_but_empty(
+    edited: Callable[..., tuple[Path, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    config, _ = edited(VESSL, "project: wmtp", "project: ${EMPTY:-other}")
+    assert load_config(config).project == "other"
+    config, _ = edited(VESSL, "project: wmtp", "project: ${EMPTY}")
+    (finding,) = findings(load_config, config)
+    assert (finding.key, finding.what) == ("project", '"" is empty')
+
+
+def test_text_that_can_not_be_printed_is_refused_in_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_BUCKET_NAME", "a\udcff")
+    found = findings(load_config, MINITEST)
+    assert found[0].key == "storage.bucket" and "UTF-8" in found[0].what
+    for finding in found:
+        str(finding).encode()

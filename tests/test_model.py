@@ -247,6 +247,19 @@ def test_model_without_a_label_gives_zero_loss_and_zero_gradients() -> None:
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
+def test_model_mask_rules_over_labels() -> None:
+    model = lively(SMALL)
+    x = torch.arange(6)[None]
+    ids = torch.zeros_like(x)
+    labels, mask = oracle_labels(x, ids, 3)
+    fewer = mask.clone()
+    fewer[:, 2] = False
+    _, whole = model(x, ids, labels, mask, count=1)
+    loss, ce = model(x, ids, labels, fewer, count=1)
+    torch.testing.assert_close(ce, whole * fewer)
+    torch.testing.assert_close(loss, ce.sum())
+
+
 def test_model_ce_is_float32_under_bf16() -> None:
     model = lively(SMALL).bfloat16()
     model.rotary_emb.float()
@@ -420,6 +433,18 @@ def test_read_spec_says_what_is_wrong(tmp_path: Path, name: str, content: str, w
     with pytest.raises(ModelError, match=words) as caught:
         read_spec(tmp_path)
     assert "rule:" in str(caught.value) and "next:" in str(caught.value)
+
+
+def test_load_state_turns_grouped_keys_by_their_own_heads(models: Path, tmp_path: Path) -> None:
+    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
+    for key in raw:
+        if key.endswith(("wk.weight", "wv.weight")):
+            raw[key] = raw[key][:32].clone()  # two key-value heads of 16 rows
+    torch.save(raw, tmp_path / "consolidated.pth")
+    spec = dataclasses.replace(read_spec(models / "test-llama-mtp"), n_kv_heads=2)
+    got = load_state(tmp_path, spec)["heads.2.self_attn.k_proj.weight"]
+    order = [h * 16 + 2 * i + odd for h in range(2) for odd in range(2) for i in range(8)]
+    assert torch.equal(got, raw["extra_heads.1.attention.wk.weight"][order])
 
 
 def test_load_model_takes_weights_stored_in_bf16(models: Path, base: MTPModel, tmp_path: Path) -> None:

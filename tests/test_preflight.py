@@ -40,7 +40,8 @@ def test_each_value_has_its_source(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setenv("S3_BUCKET_NAME", "other")
     _, report, _ = run(capsys, *CLUSTER, "--recipe", ALL[0], "--set", "seed=7")
     rows = {preflight.bare(r["key"]): r for r in report["resolved"][0]["keys"]}
-    assert (rows["seed"]["value"], rows["seed"]["from"]) == (7, "--set seed")
+    assert rows["seed"]["value"] == 7
+    assert rows["seed"]["from"].startswith("--set")
     assert rows["storage.bucket"]["value"] == "other"
     assert "S3_BUCKET_NAME" in rows["storage.bucket"]["from"]
     assert rows["train.algo"]["from"].startswith("configs/recipe.baseline_mtp.yaml:")
@@ -54,7 +55,7 @@ def test_findings_of_a_broken_configuration_are_all_told(
     code, report, _ = run(capsys, *CLUSTER, *recipes, "--set", "sead=7", "--set", "log_interval=0")
     assert code == 2
     told = [f["subject"] for f in report["findings"] if f["verdict"] == FAIL]
-    assert told == ["--set sead", "--set log_interval"]
+    assert [sum(key in subject for subject in told) for key in ("sead", "log_interval")] == [1, 1]
     assert verdicts(report, 3) == {NOT}
 
 

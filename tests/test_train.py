@@ -43,7 +43,7 @@ def app(models: Path, tmp_path: Path) -> Path:
 def command(app: Path, *sets: str, ranks: int = 2, run: str = "r") -> list[str]:
     start = [sys.executable, "-m"]
     if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        start += ["wmtp.launch", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     arguments = [
         "--config",
         str(CONFIG),
@@ -61,7 +61,12 @@ def command(app: Path, *sets: str, ranks: int = 2, run: str = "r") -> list[str]:
         *sets,
     )
     if ranks == 1:
-        sets = ("devices.distributed.enabled=false", "devices.fsdp.enabled=false", *sets)
+        sets = (
+            "devices.distributed.enabled=false",
+            "devices.fsdp.enabled=false",
+            "launcher.resources.gpus=1",
+            *sets,
+        )
     return [*start, "wmtp.train", *arguments, *(a for s in sets for a in ("--set", s))]
 
 

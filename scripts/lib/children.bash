@@ -35,13 +35,15 @@ children_of() {
 
 # run_child COMMAND…: waits for its end, however often a signal interrupts the wait.
 run_child() {
-  local again seen
+  local again seen waited=0
   "${tied[@]}" "$@" &
   child=$!
   while
     seen=$signals again=0
     wait "$child" || again=$?
-    ((again == 127)) || rc=$again
+    # A second wait for what has been waited for gives 127.
+    ((again == 127 && waited)) || rc=$again
+    waited=1
     ((signals != seen))
   do :; done
   child=0

@@ -134,7 +134,7 @@ class Checkpoints:
                     f"next: remove {folder} and start again, the one before it is used"
                 )
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         set_state_dict(
             model,

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
 from wmtp.checkpoint import CheckpointError, Checkpoints
@@ -104,7 +104,7 @@ def pick_device(config: settings.Config) -> torch.device:
     wanted = config.devices.compute_backend
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {
+    available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
         "cpu": lambda: True,
@@ -198,7 +198,7 @@ def build_model(
         )
     finish_meta(model, device)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    state = load_state(folder, spec) if rank == 0 else {}
+    state: dict[str, Any] = {**load_state(folder, spec)} if rank == 0 else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1))
     return model
 
@@ -271,10 +271,6 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def micro_batches(rank_rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    yield from rank_rows.split(size)
-
-
 @torch.no_grad()
 def held_out(
     model: MTPModel,
@@ -291,7 +287,7 @@ def held_out(
     """
     model.eval()
     size, heads = recipe.data.eval.batch_size, recipe.model.heads
-    wanted = torch.arange(min(len(rows), size * recipe.eval.max_batches))
+    wanted = torch.arange(min(len(rows.rows), size * recipe.eval.max_batches))
     mine = wanted[rank::world]
     rounds = math.ceil(math.ceil(len(wanted) / world) / size)
     sums = torch.zeros(2, heads, dtype=torch.float64)
@@ -331,11 +327,11 @@ def train_step(
     count = mask.sum().clamp(min=1)
     tokens = int((~pad).sum())
     share = torch.arange(len(x)).chunk(world)[rank]
-    micro = list(micro_batches(share, recipe.data.train.batch_size))
+    micro = share.split(recipe.data.train.batch_size)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for i, take in enumerate(micro):
         last = i == len(micro) - 1
-        if dist.is_initialized():
+        if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
             model.set_is_last_backward(last)
         with autocast:
@@ -380,7 +376,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
     model = build_model(config, recipe, base, device, world)
     model.train()
     optimizer = adamw(model, recipe)
-    total = rows.steps_per_epoch * recipe.train.num_epochs
+    total = math.ceil(len(rows.rows) * recipe.train.num_epochs / rows_per_step)
     total = min(total, recipe.train.max_steps or total)
 
     kind, where = PathResolver().resolve(config.paths.checkpoints.base_path)
@@ -405,14 +401,14 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
     total = step if state["ended"] else total
     progress["step"] = step
     say(
-        f"train     {len(rows)} rows of {recipe.data.train.max_length}, {rows_per_step} a step, {total} steps; "
+        f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {rows_per_step} a step, {total} steps; "
         f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - began:.0f} s'}"
     )
 
-    tracker, uri = None, config.mlflow.tracking_uri
+    tracker = None
     if rank == 0:
         tracker = Tracker(
-            f"file://{PathResolver().resolve(uri)[1]}" if uri.startswith("file://") else uri,
+            PathResolver().resolve_tracking(config.mlflow.tracking_uri),
             config.mlflow.experiment,
             name,
             tags={tag: "true" for tag in args.tags.split(",") if tag},
@@ -439,7 +435,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
         if isinstance(norm, torch.distributed.tensor.DTensor):
             norm = norm.full_tensor()
         step += 1
-        hours_over = bool(config.launcher.max_hours) and time.monotonic() - began > config.launcher.max_hours * 3600
+        hours_over = time.monotonic() - began > (config.launcher.max_hours or math.inf) * 3600
         seen = all_sum(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause) or hours_over))]))
         wmtp_loss, grad_norm = float(seen[0]), float(norm)
         if not (math.isfinite(wmtp_loss) and math.isfinite(grad_norm)):
@@ -557,7 +553,9 @@ def resume(
 
 def export(model: MTPModel, spec: Any, checkpoints: Checkpoints, base: Path, rank: int) -> None:
     """The trained model as a Hugging Face folder ``final`` beside the checkpoints, and in the bucket. Collective."""
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if rank == 0:
         staging, final = checkpoints.folder / ".step-final", checkpoints.folder / "final"
         export_hf(whole, spec, staging, base)
@@ -595,7 +593,7 @@ def write_whole(path: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     die_with_parent()
-    stop, progress = Stop(), {"step": 0, "cause": None}
+    stop, progress = Stop(), dict[str, Any](step=0, cause=None)
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = run(args, stop, progress)
@@ -628,8 +626,7 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(code)  # a group whose other ranks are gone can't be closed; torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
-    # torchrun answers every other code with a traceback of its own; the exit file has said it already.
-    return DONE if args.exit_file and "TORCHELASTIC_RUN_ID" in os.environ else code
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+#!/usr/bin/env bats
+load helpers
+
+setup() {
+  common_setup
+  unset S3_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
+}
+
+bucket() { "$repo/scripts/bucket.sh" "$@"; }
+
+@test "bucket: ends with the command's code when the command fails" {
+  run -7 --separate-stderr bucket run "$work/b" -- bash -c 'echo "$S3_ENDPOINT_URL"; exit 7'
+  [[ $output == http://127.0.0.1:* ]]
+  run -1 pgrep -f "weed mini -dir=$work/b"
+}
+
+@test "bucket: starts no server when S3_ENDPOINT_URL is set" {
+  S3_ENDPOINT_URL=http://there run -0 --separate-stderr bucket run "$work/b" -- bash -c 'echo "$S3_ENDPOINT_URL"'
+  [[ $output == http://there && ! -e $work/b ]]
+}
+
+@test "bucket: leaves no process when killed" {
+  "$repo/scripts/bucket.sh" run "$work/b" -- sleep 321 >/dev/null 2>&1 3>&- &
+  local shell=$! tick # the script itself, not a subshell of this test
+  for ((tick = 0; tick < 100; tick++)); do
+    if grep -q . <(pgrep -P "$shell" -x sleep); then break; fi
+    sleep 0.2
+  done
+  pgrep -f "weed mini -dir=$work/b"
+  kill -KILL "$shell"
+  sleep 1
+  run -1 pgrep -f "weed mini -dir=$work/b"
+}
+
+@test "bucket: 2 when there is no command" {
+  run -2 --separate-stderr bucket run "$work/b"
+}

@@ -1,0 +1,28 @@
+#!/usr/bin/env bats
+load helpers
+
+setup() {
+  common_setup
+  printf '#!/usr/bin/env bash\nset -Eeuo pipefail\nsource "%s/scripts/lib/common.bash"\n"$@"\n' "$repo" >"$work/stage.sh"
+  chmod +x "$work/stage.sh"
+}
+
+@test "common: three lines and the code when a stage dies" {
+  run -13 --separate-stderr "$work/stage.sh" die 13 'what is wrong' 'the rule' 'do this'
+  [[ ${#stderr_lines[@]} == 3 && ${stderr_lines[0]} == 'stage     FAIL  what is wrong' && $output == '' ]]
+}
+
+@test "common: prints the command and runs nothing when DRY_RUN is set" {
+  DRY_RUN=1 run -0 --separate-stderr "$work/stage.sh" act touch "$work/made"
+  [[ $stderr == *touch* && ! -e $work/made ]]
+}
+
+@test "common: 3 and no value when a variable is empty" {
+  SECRET='' run -3 --separate-stderr "$work/stage.sh" need_env SECRET
+  [[ $stderr == *SECRET* ]]
+}
+
+@test "common: the last status when every try failed" {
+  run -5 --separate-stderr "$work/stage.sh" retry 2 0 bash -c 'exit 5'
+  [[ $stderr == *'try 1 of 2'* && $stderr != *'try 2 of 2'* ]]
+}

@@ -1,0 +1,168 @@
+#!/usr/bin/env bats
+load helpers
+
+setup() {
+  common_setup
+  need_bucket
+}
+
+sync() { "$repo/scripts/sync_models.sh" --model "$name" "$@"; }
+
+# A manifest of one file that is not in the bucket: PATH BYTES.
+put_manifest() {
+  jq_free=$(printf '{"format": 1, "name": "%s", "files": [{"path": "%s", "bytes": %s, "blake3": "%064d"}], "total_bytes": %s, "created": "2026-01-01T00:00:00+00:00", "tool": "t"}' \
+    "$name" "$1" "$2" 0 "$2")
+  printf '%s' "$jq_free" | put "$name/manifest.json"
+}
+
+@test "sync: model stands byte for byte under its name when nothing was there" {
+  make_model
+  publish
+  run -0 --separate-stderr sync
+  same_model
+  [[ $output == '{"model": "'$name'"'*'"cache": "miss"'* ]]
+  [[ $stderr == *Download* && $stderr == *'blake3 verified'* ]]
+  [[ -L $WMTP_APP_ROOT/models/$name ]]
+  [[ -z $(ls "$WMTP_APP_ROOT/models/.store/.staging" | grep -v lock) ]]
+}
+
+@test "sync: nothing is fetched when the model is in the store" {
+  make_model
+  publish
+  sync 2>/dev/null
+  run -0 --separate-stderr sync
+  [[ $output == *'"downloaded_bytes": 0'*'"cache": "hit"'* ]]
+}
+
+@test "sync: the cache volume keeps the model when it is there" {
+  make_model
+  publish
+  export WMTP_CACHE_DIR="$work/cache"
+  mkdir -p "$WMTP_CACHE_DIR"
+  run -0 --separate-stderr sync
+  same_model
+  [[ $(readlink "$WMTP_APP_ROOT/models/$name") == "$WMTP_CACHE_DIR/"* ]]
+}
+
+@test "sync: damage is mended when a file in the store was changed" {
+  make_model
+  publish
+  sync 2>/dev/null
+  printf x | dd of="$WMTP_APP_ROOT/models/$name/weights.bin" conv=notrunc status=none
+  run -0 --separate-stderr sync
+  same_model
+  [[ $output == *'"downloaded_bytes": 300000'* ]]
+}
+
+@test "sync: ends with the same bytes and no process when killed at any moment" {
+  make_model 20000000
+  publish
+  local wait
+  for wait in 0.8 1.2 1.5 1.7; do
+    "$repo/scripts/sync_models.sh" --model "$name" >/dev/null 2>&1 3>&- &
+    sleep "$wait"
+    kill -KILL $! 2>/dev/null || true
+    wait $! || true
+    [[ ! -e $WMTP_APP_ROOT/models/$name ]] || same_model
+  done
+  sleep 0.5
+  run -1 pgrep -f "s5cmd.*$BATS_TEST_TMPDIR|wmtp.manifest.*$BATS_TEST_TMPDIR"
+  run -0 --separate-stderr sync
+  same_model
+}
+
+@test "sync: 13 and no model when an object has another content of the same size" {
+  make_model
+  publish
+  head -c 300000 /dev/zero | put "$name/weights.bin"
+  WMTP_STORAGE_RETRIES=2 run -13 --separate-stderr sync
+  [[ $stderr == *'another content'* && $stderr == *'2 of 2 tries'* ]]
+  [[ ! -e $WMTP_APP_ROOT/models/$name ]]
+}
+
+@test "sync: fetches only the damaged file when it is published right again" {
+  make_model
+  publish
+  head -c 300000 /dev/zero | put "$name/weights.bin"
+  WMTP_STORAGE_RETRIES=1 run -13 --separate-stderr sync
+  put "$name/weights.bin" <"$work/from/$name/weights.bin"
+  run -0 --separate-stderr sync
+  [[ $output == *'"downloaded_bytes": 300000'* ]]
+  same_model
+}
+
+@test "sync: 12 when an object is missing" {
+  make_model
+  put_manifest nowhere.bin 5
+  WMTP_STORAGE_RETRIES=2 run -12 --separate-stderr sync
+  [[ $stderr == *'2 of 2 tries used'* ]]
+}
+
+@test "sync: 10 before the transfer when the disk is too small" {
+  make_model
+  put_manifest weights.bin 900000000000000
+  run -10 --separate-stderr sync
+  [[ $stderr == *'MB needed'* ]]
+  [[ ! -e $WMTP_APP_ROOT ]]
+}
+
+@test "sync: 10 when the folder can't be written" {
+  make_model
+  publish
+  : >"$work/file"
+  WMTP_APP_ROOT="$work/file" run -10 --separate-stderr sync
+}
+
+@test "sync: 13 and nothing written when a manifest path leaves the model" {
+  make_model
+  local path
+  for path in ../evil /evil a/../../evil; do
+    put_manifest "$path" 5
+    run -13 --separate-stderr sync
+    [[ ! -e $WMTP_APP_ROOT ]]
+  done
+}
+
+@test "sync: 13 with the cure when the model is not published" {
+  name=nobody-published-this
+  run -13 --separate-stderr sync
+  [[ $stderr == *'not published'* && $stderr == *publish_models.sh* ]]
+}
+
+@test "sync: 3 when the secret is wrong" {
+  name=any
+  AWS_SECRET_ACCESS_KEY=wrong run -3 --separate-stderr sync
+  [[ $stderr == *'refuses the credentials'* ]]
+}
+
+@test "sync: 3 when the secret is not set" {
+  name=any
+  AWS_SECRET_ACCESS_KEY='' run -3 --separate-stderr sync
+  [[ $stderr == *AWS_SECRET_ACCESS_KEY* ]]
+}
+
+@test "sync: 11 when nobody answers" {
+  name=any
+  S3_ENDPOINT_URL=http://127.0.0.1:9 run -11 --separate-stderr sync
+}
+
+@test "sync: writes nothing when it is a dry run" {
+  make_model
+  publish
+  run -0 --separate-stderr sync --dry-run
+  [[ -z $output && ! -e $WMTP_APP_ROOT ]]
+}
+
+@test "sync: one downloads when two want the same model" {
+  make_model 20000000
+  publish
+  "$repo/scripts/sync_models.sh" --model "$name" >"$work/first" 2>/dev/null 3>&- &
+  run -0 --separate-stderr sync
+  wait $!
+  [[ $(grep -c '"cache": "miss"' <<<"$output"$'\n'"$(<"$work/first")") == 1 ]]
+  same_model
+}
+
+@test "sync: 2 when an option is unknown" {
+  run -2 --separate-stderr "$repo/scripts/sync_models.sh" --fast
+}
