@@ -65,6 +65,10 @@ rows() {
 
 main() {
   local began=$SECONDS config recipe digest
+  [[ $LAUNCHER == local ]] || die 2 "LAUNCHER=$LAUNCHER: this version runs the mini-test on this machine only" \
+    'a launcher needs the image, which is not built yet' 'make minitest LAUNCHER=local'
+  [[ $ALGO == baseline-mtp ]] || die 2 "ALGO=$ALGO: this version trains baseline-mtp only" \
+    'the weighting of the others is not built yet' 'make minitest ALGO=baseline-mtp'
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then
     need_cmd python 'make install'
     export S3_BUCKET_NAME=wmtp

@@ -11,13 +11,13 @@ from wmtp.report import rows, sync_figures
 
 
 def test_rates_are_bytes_over_seconds_of_all_models() -> None:
-    lines = ['{"bytes": 30000000, "seconds": 1.0}', '{"bytes": 10000000, "seconds": 1.0}', ""]
+    lines = ['{"downloaded_bytes": 30000000, "seconds": 1.0}', '{"downloaded_bytes": 10000000, "seconds": 1.0}', ""]
     assert sync_figures(lines) == {"models_synced_mb": 40.0, "sync_mb_per_second": 20.0}
 
 
 def test_rows_merge_the_stages_and_the_callers_lines(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps({"steps": 12}))
-    (tmp_path / "sync.jsonl").write_text('{"bytes": 1000000, "seconds": 0.5}\n')
+    (tmp_path / "sync.jsonl").write_text('{"downloaded_bytes": 1000000, "seconds": 0.5}\n')
     figures = rows(tmp_path, ["seconds_startup\t9\n"], 20)
     assert figures["steps"] == 12 and figures["seconds_startup"] == "9" and figures["seconds"] == 20
 

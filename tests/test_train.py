@@ -56,6 +56,8 @@ def command(app: Path, *sets: str, ranks: int = 2, run: str = "r") -> list[str]:
     ]
     arguments += ["--exit-file", str(app / "exit.json"), "--summary", str(app / "train.json")]
     sets = (
+        "data.train.max_length=32",  # the vocabulary-wide work is what costs
+        "data.eval.max_length=32",
         f"paths.checkpoints.base_path=file://{app}/checkpoints",
         "paths.checkpoints.keep_last=9",
         *sets,

@@ -14,10 +14,10 @@ from typing import Any
 
 
 def sync_figures(lines: list[str]) -> dict[str, float]:
-    """Megabytes that the sync moved, and their rate, from its JSON lines (``bytes``, ``seconds`` a model)."""
+    """Megabytes that the sync moved, and their rate, from its JSON line a model (``downloaded_bytes``, ``seconds``)."""
     models = [json.loads(line) for line in lines if line.strip()]
-    moved = sum(m.get("bytes", 0) for m in models) / 1e6
-    seconds = sum(m.get("seconds", 0) for m in models)
+    moved = sum(m["downloaded_bytes"] for m in models) / 1e6
+    seconds = sum(m["seconds"] for m in models)
     return {
         "models_synced_mb": round(moved, 1),
         "sync_mb_per_second": round(moved / seconds, 1) if seconds else 0.0,
