@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, quoted, s5cmd_binary
+from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, TransferError, quoted, s5cmd_binary
 
 
 def make(folder: Path, remote: str | None = None, keep: int = 2) -> Checkpoints:
@@ -114,10 +114,11 @@ def test_a_checkpoint_without_its_marker_in_the_bucket_is_not_one(tmp_path: Path
     assert other.steps() == []
 
 
-def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str) -> None:
+def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = parts()
-    checkpoints = make(tmp_path, "s3://no-such-bucket-here/x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    checkpoints = make(tmp_path, prefix)
     checkpoints.save(1, model, optimizer, {})
-    with pytest.raises(CheckpointError, match="s5cmd"):
+    with pytest.raises(TransferError, match="s5cmd"):
         checkpoints.close()
     assert checkpoints.steps() == [1]  # the disk still has it

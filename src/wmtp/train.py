@@ -3,9 +3,10 @@
     python -m wmtp.train --config F --recipe F --run-name N                    one device
     torchrun --nproc-per-node 4 -m wmtp.train --config F --recipe F --run-name N
 
-Standard error is the story, standard output nothing. Exit codes: 0 done, 2 bad input, 20 training failed, 75 stopped
-with everything saved (start the same command again and it goes on), 143 and 130 ended before there was anything to
-save. torchrun turns its children's codes into 1, so the code, its cause and the step are also in ``--exit-file``.
+Standard error is the story, standard output nothing. Exit codes: 0 done, 2 bad input, 12 the bucket did not take or
+give a checkpoint, 20 training failed, 75 stopped with everything saved (start the same command again and it goes on),
+143 and 130 ended before there was anything to save. torchrun turns its children's codes into 1, so the code, its cause
+and the step are also in ``--exit-file``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
-from wmtp.checkpoint import CheckpointError, Checkpoints
+from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError
 from wmtp.data import Batches, DataError, load_tokenizer, pack, read_texts, tokenize
 from wmtp.model import (
     ModelError,
@@ -52,7 +53,7 @@ from wmtp.objective import make_labels
 from wmtp.paths import PathResolver
 from wmtp.tracking import Tracker
 
-DONE, BAD_INPUT, FAILED, RESUME_ME = 0, 2, 20, 75
+DONE, BAD_INPUT, TRANSFER, FAILED, RESUME_ME = 0, 2, 12, 20, 75
 
 
 class BadInput(ValueError):
@@ -604,7 +605,8 @@ def main(argv: list[str] | None = None) -> int:
         code, progress["cause"] = BAD_INPUT, str(error)
         say("train     FAIL  " + "\n              ".join(str(error).split("; ")))
     except Exception as error:
-        code, progress["cause"] = FAILED, f"rank {rank}: {type(error).__name__}: {error}"
+        code = TRANSFER if isinstance(error, TransferError) else FAILED
+        progress["cause"] = f"rank {rank}: {type(error).__name__}: {error}"
         log = None
         if args.exit_file:
             log = args.exit_file.with_name(f"traceback-rank-{rank}.log")
@@ -619,10 +621,10 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     # The first rank that fails knows the cause; the others only see its connection close.
-    told = code == FAILED and args.exit_file and args.exit_file.exists()
-    if args.exit_file and not told and (rank == 0 or code == FAILED):
+    told = code in (TRANSFER, FAILED) and args.exit_file and args.exit_file.exists()
+    if args.exit_file and not told and (rank == 0 or code in (TRANSFER, FAILED)):
         write_whole(args.exit_file, json.dumps({"code": code, **progress}) + "\n")
-    if dist.is_initialized() and code in (BAD_INPUT, FAILED):
+    if dist.is_initialized() and code not in (DONE, RESUME_ME):
         os._exit(code)  # a group whose other ranks are gone can't be closed; torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
