@@ -5,7 +5,7 @@
 set -Eeuo pipefail
 shopt -s inherit_errexit
 
-count() { sed -nE "s/.*[^0-9]?([0-9]+) $1.*/\1/p" "$2" | tail -n 1; }
+count() { { grep -oE "[0-9]+ $1" "$2" || true; } | tail -n 1 | cut -d ' ' -f 1; }
 
 main() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
