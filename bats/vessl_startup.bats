@@ -28,9 +28,9 @@ startup() { "$tree/docker/vessl_startup.sh"; }
 
 # Starts it in the background and waits until the child that the signal is for is there.
 begin() {
-  # Job control: else bash makes background children ignore SIGINT.
+  # Job control and env: else bash makes background children ignore SIGINT, as this suite's own caller may.
   set -m
-  "$tree/docker/vessl_startup.sh" >"$BATS_TEST_TMPDIR/out" 2>"$BATS_TEST_TMPDIR/err" 3>&- &
+  env --default-signal=INT "$tree/docker/vessl_startup.sh" >"$BATS_TEST_TMPDIR/out" 2>"$BATS_TEST_TMPDIR/err" 3>&- &
   pid=$!
   set +m
   local i
