@@ -96,6 +96,7 @@ train() {
     leave 20 "training ended with $rc after $took s and left no exit.json" 'the trainer itself says how it ended'
   fi
   [[ $code != *$'\n'* ]] || cause=${code#*$'\n'} code=${code%%$'\n'*}
+  ((code != 0 || rc == 0)) || leave 20 "the trainer wrote 0, but its launcher ended with $rc after $took s" 'every rank ends with 0'
   ((code == 0)) || leave "$code" "training ended with $code after $took s: $cause" 'the code is the one of exit.json'
   log startup "training ok: $took s"
   log startup "done in $SECONDS s: $summary"

@@ -9,6 +9,8 @@ set -Eeuo pipefail
 shopt -s inherit_errexit
 # shellcheck source=scripts/lib/common.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
+# shellcheck source=scripts/lib/children.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/children.bash"
 
 export ENV=minitest ENV_MODE=minitest LAUNCHER=${LAUNCHER:-local} ALGO=${ALGO:-baseline-mtp}
 export WMTP_ALGO=$ALGO
@@ -16,21 +18,19 @@ BUILD=$ROOT/build/minitest
 declare -A seconds=()
 
 stage() {
-  local name=$1 began=$SECONDS
+  local name=$1 began=$SECONDS rc=0
   shift
   log minitest "$name"
-  "$@"
+  run_child "$@" >"$RUN_DIR/$name.out"
+  ((rc)) || rc=$ended_by
+  ((rc == 0)) || die "$rc" "$name ended with $rc after $((SECONDS - began)) s" 'a stage starts only when the one before it is done' \
+    'see the lines above, then the same command: it goes on'
   seconds[$name]=$((SECONDS - began))
   log minitest "$name ok, ${seconds[$name]} s"
 }
 
-make_models() { python "$ROOT/tests/test_models/generate.py" >&2; }
-
-publish() { "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama >/dev/null; }
-
-# Its standard output is the sync's JSON lines, then the path of the trainer's summary.
-startup() {
-  "$ROOT/docker/vessl_startup.sh" >"$RUN_DIR/startup.out"
+# What the startup script left: its standard output is the sync's JSON lines, then the path of the trainer's summary.
+collect() {
   grep '^{' "$RUN_DIR/startup.out" >"$RUN_DIR/sync.jsonl"
   cp "$(tail -n 1 "$RUN_DIR/startup.out")" "$RUN_DIR/train.json"
   cp "$WMTP_APP_ROOT/logs/$RUN_NAME"/{vocab,exit}.json "$RUN_DIR/"
@@ -87,11 +87,13 @@ main() {
   flock -n 9 || die 1 "another minitest runs in $BUILD" 'one at a time: they share the folder' 'wait for it, or stop it'
   start_afresh
   make_app
-  stage models make_models
-  stage publish publish
+  watch_signals
+  stage models python "$ROOT/tests/test_models/generate.py"
+  stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama
   stage dryrun "$ROOT/scripts/test_vessl_config.sh"
-  stage startup startup
-  stage list list_checkpoint "$(jq_get "$RUN_DIR/train.json" checkpoint)"
+  stage startup "$ROOT/docker/vessl_startup.sh"
+  collect
+  list_checkpoint "$(jq_get "$RUN_DIR/train.json" checkpoint)"
   rows $((SECONDS - began))
 }
 

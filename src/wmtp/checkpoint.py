@@ -8,6 +8,7 @@ it is not one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -123,6 +124,7 @@ class Checkpoints:
         (staging / MARKER).write_text(json.dumps({"format": 1, "files": files}))
         fsync_folder(staging)
         if final.exists():
+            (final / MARKER).unlink(missing_ok=True)
             shutil.rmtree(final)
         staging.rename(final)
         fsync_folder_entry(self.folder)
@@ -160,12 +162,14 @@ class Checkpoints:
 
     def s5cmd(self, *arguments: str, lines: list[str] | None = None) -> str:
         """Run the client; standard output back. Credentials and endpoint travel by environment only."""
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []  # not on macOS
         done = subprocess.run(
-            [s5cmd_binary(), "--retry-count", str(self.retries), *arguments],
+            [*tied, s5cmd_binary(), "--retry-count", str(self.retries), *arguments],
             input="\n".join(lines) if lines is not None else None,
             capture_output=True,
             text=True,
             check=False,
+            start_new_session=True,  # Ctrl-C goes to the whole group, and the last checkpoint is still to be uploaded
         )
         if done.returncode:
             raise TransferError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500]}")
@@ -197,6 +201,9 @@ class Checkpoints:
 
     def upload(self, folder: Path) -> None:
         """Start bringing ``folder`` to the bucket, marker last, and prune what is older. Rank 0 only."""
+        for earlier in self.uploads:
+            if earlier.done() and earlier.exception():
+                print(f"save      warn  an upload failed: {earlier.exception()}", file=sys.stderr, flush=True)
         if self.remote:
             self.uploads.append(self.uploader.submit(self._upload, folder))
         else:
@@ -209,6 +216,9 @@ class Checkpoints:
         size = ["--concurrency", str(self.concurrency), "--part-size", str(self.part_mb)]
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER]
         copies = [" ".join(["cp", *size, quoted(str(p)), quoted(f"{target}/{p.relative_to(folder)}")]) for p in files]
+        if not folder.name.startswith("step-"):  # written again under its name: no old marker over new files
+            with contextlib.suppress(TransferError):
+                self.s5cmd("rm", f"{target}/{MARKER}")
         self.s5cmd("run", lines=copies)
         self.s5cmd("cp", str(folder / MARKER), f"{target}/{MARKER}")
         for step in self.remote_steps()[: -self.keep_last]:

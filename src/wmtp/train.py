@@ -3,10 +3,10 @@
     python -m wmtp.train --config F --recipe F --run-name N                    one device
     torchrun --nproc-per-node 4 -m wmtp.train --config F --recipe F --run-name N
 
-Standard error is the story, standard output nothing. Exit codes: 0 done, 2 bad input, 12 the bucket did not take or
-give a checkpoint, 20 training failed, 75 stopped with everything saved (start the same command again and it goes on),
-143 and 130 ended before there was anything to save. torchrun turns its children's codes into 1, so the code, its cause
-and the step are also in ``--exit-file``.
+Standard error is the story, standard output nothing. Exit codes: 0 done, 2 bad input, 10 disk full or not writable,
+12 the bucket did not take or give a checkpoint, 20 training failed, 75 stopped with everything saved (start the same
+command again and it goes on). torchrun turns its children's codes into 1, so the code, its cause and the step are also
+in ``--exit-file``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ from wmtp.objective import make_labels
 from wmtp.paths import PathResolver
 from wmtp.tracking import Tracker
 
-DONE, BAD_INPUT, TRANSFER, FAILED, RESUME_ME = 0, 2, 12, 20, 75
+DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
 
 
 class BadInput(ValueError):
@@ -422,7 +423,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
 
     half = config.devices.mixed_precision == "bf16" and not dist.is_initialized()
     autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
-    record = (checkpoints.folder / "steps.jsonl").open("a") if rank == 0 else None
+    record = reopen(checkpoints.folder / "steps.jsonl", step) if rank == 0 else None
     first, began_steps, tokens_done = step, time.monotonic(), 0
     early = recipe.train.early_stopping
     saved = step if step else -1
@@ -465,7 +466,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
                     f"  gradient norm {grad_norm:.2f}  {left:.0f} s left"
                 )
         stopping = float(seen[1]) > 0
-        if eval_rows and step % recipe.eval.interval == 0 and step < total and not stopping:
+        if eval_rows and step % recipe.eval.interval == 0 and step < total:
             now = held_out(model, eval_rows, recipe, device, world, rank)
             if tracker:
                 tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(now)})
@@ -583,6 +584,17 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def reopen(path: Path, step: int) -> TextIO:
+    """The record of steps up to ``step``, open to go on; what a kill left beyond it, or torn, is trained again."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_whole(path, "".join(kept))
+    return path.open("a")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -605,13 +617,15 @@ def main(argv: list[str] | None = None) -> int:
         code, progress["cause"] = BAD_INPUT, str(error)
         say("train     FAIL  " + "\n              ".join(str(error).split("; ")))
     except Exception as error:
-        code = TRANSFER if isinstance(error, TransferError) else FAILED
+        system = error.__cause__ if isinstance(error, CheckpointError) else error
+        disk = isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+        code = TRANSFER if isinstance(error, TransferError) else DISK if disk else FAILED
         progress["cause"] = f"rank {rank}: {type(error).__name__}: {error}"
         log = None
         if args.exit_file:
             log = args.exit_file.with_name(f"traceback-rank-{rank}.log")
             write_whole(log, traceback.format_exc())
-        if args.verbose or log is None:
+        if args.verbose or (log is None and code == FAILED):
             traceback.print_exc()
         print(
             f"train     FAIL  {progress['cause']}\n              rule  a failed step ends the run; what was saved "
@@ -621,14 +635,15 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     # The first rank that fails knows the cause; the others only see its connection close.
-    told = code in (TRANSFER, FAILED) and args.exit_file and args.exit_file.exists()
-    if args.exit_file and not told and (rank == 0 or code in (TRANSFER, FAILED)):
+    told = code in (DISK, TRANSFER, FAILED) and args.exit_file and args.exit_file.exists()
+    if args.exit_file and not told and (rank == 0 or code in (DISK, TRANSFER, FAILED)):
         write_whole(args.exit_file, json.dumps({"code": code, **progress}) + "\n")
     if dist.is_initialized() and code not in (DONE, RESUME_ME):
         os._exit(code)  # a group whose other ranks are gone can't be closed; torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
-    return code
+    # torchrun ends the others at the first code that is not 0, and rank 0 may still be uploading.
+    return DONE if code == RESUME_ME and rank > 0 else code
 
 
 if __name__ == "__main__":
