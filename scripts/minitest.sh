@@ -70,7 +70,7 @@ main() {
   [[ $ALGO == baseline-mtp ]] || die 2 "ALGO=$ALGO: this version trains baseline-mtp only" \
     'the weighting of the others is not built yet' 'make minitest ALGO=baseline-mtp'
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then
-    need_cmd python 'make install'
+    need_cmd python
     export S3_BUCKET_NAME=wmtp
     # The server is this script's parent, so that the script's own way is one: with a bucket in its environment.
     exec "$ROOT/scripts/bucket.sh" run "$ROOT/build/bucket" -- "${BASH_SOURCE[0]}" "$@"

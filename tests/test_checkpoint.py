@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import uuid
 from pathlib import Path
@@ -63,6 +65,25 @@ def test_a_truncated_file_is_refused_with_its_name(tmp_path: Path) -> None:
     os.truncate(shard, 10)
     with pytest.raises(CheckpointError, match=shard.name):
         make(tmp_path).load(1, model, optimizer)
+
+
+def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = make(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(CheckpointError, match=r"step 1 needs .* MB are free") as caught:
+        checkpoints.save(1, *parts(), {})
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_leaves_nothing_and_names_its_cause(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path)
+    (tmp_path / ".step-1").write_text("a file where the folder goes")
+    with pytest.raises(CheckpointError, match="step 1 could not be saved"):
+        checkpoints.save(1, *parts(), {})
+    assert checkpoints.steps() == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from wmtp.checkpoint import CheckpointError, TransferError
 from wmtp.config import load_recipe
-from wmtp.train import flat, learning_rate, write_whole
+from wmtp.train import BadInput, claim, failure, flat, learning_rate, reopen, write_whole
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "tests/configs/recipe.baseline_mtp.yaml"
@@ -200,3 +202,38 @@ def test_write_whole_leaves_no_temporary_file(tmp_path: Path) -> None:
     write_whole(tmp_path / "x" / "f", "two")
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["f"]
     assert (tmp_path / "x" / "f").read_text() == "two"
+
+
+def test_the_first_rank_that_fails_writes_the_exit_file(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "exit.json"
+    assert claim(path, "first")
+    assert not claim(path, "second")
+    assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["exit.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BadInput("x"), 2),
+        (OSError(errno.ENOSPC, "full"), 10),
+        (TransferError("no"), 12),
+        (CheckpointError("torn"), 20),
+        (RuntimeError("nan"), 20),
+    ],
+)
+def test_each_class_of_failure_has_its_code(error: Exception, code: int) -> None:
+    assert failure(error, 0, None)[0] == code
+
+
+def test_a_checkpoint_that_finds_no_room_is_a_matter_of_disk() -> None:
+    error = CheckpointError("no room")
+    error.__cause__ = OSError(errno.ENOSPC, "full")
+    assert failure(error, 1, None)[0] == 10
+
+
+def test_the_record_of_steps_loses_what_is_trained_again(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    with reopen(path, 2) as record:
+        record.write('{"step": 3, "again": 1}\n')
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": 1}\n'

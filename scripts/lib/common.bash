@@ -42,7 +42,7 @@ need_env() {
 # need_cmd NAME [CURE]
 need_cmd() {
   command -v -- "$1" >/dev/null ||
-    die 3 "$1 is not installed" 'every tool that a stage needs is looked for before it starts' "${2:-make install}"
+    die 3 "$1 is not installed" 'every tool that a stage needs is looked for before it starts' "${2:-rm -rf .venv && make install}"
 }
 
 # act COMMAND…: what changes the world outside; DRY_RUN=1 prints it instead.

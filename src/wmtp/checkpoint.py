@@ -9,6 +9,7 @@ it is not one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -22,7 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 MARKER = ".complete"
 
@@ -104,7 +108,14 @@ class Checkpoints:
         final, staging = self.folder / f"step-{step}", self.folder / f".step-{step}"
         if not (final / MARKER).exists():
             state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-            dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
+            self.need_room(f"step {step}", sum(map(local_bytes, tree_leaves(state))))
+            try:
+                dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
+            except CheckpointException as error:  # not an Exception, so nobody else would catch it
+                cause = next(iter(error.failures.values()))[0]
+                if self.rank == 0:
+                    shutil.rmtree(staging, ignore_errors=True)
+                raise CheckpointError(f"step {step} could not be saved: {cause}") from cause
             if self.rank == 0:
                 (staging / "trainer.json").write_text(json.dumps({"step": step, **trainer}))
                 self.finish(staging, final)
@@ -113,6 +124,17 @@ class Checkpoints:
         if dist.is_initialized():
             dist.barrier()  # a rank that runs ahead must not see a checkpoint that is still a temporary name
         return final
+
+    def need_room(self, what: str, local: int) -> None:
+        """Refuse, on all ranks together, what the disk can't hold; ``local`` bytes a rank. Collective."""
+        sums = torch.tensor([local, shutil.disk_usage(self.folder).free if self.rank == 0 else 0])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        needed, free = int(sums[0]), int(sums[1])
+        if free < needed * 1.02 + (1 << 20):  # the files' own headers, and room for what the run still writes
+            raise CheckpointError(
+                f"{self.folder}: {what} needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            ) from OSError(errno.ENOSPC, "no room for a checkpoint")
 
     def finish(self, staging: Path, final: Path) -> None:
         """Give a written folder its marker and its final name."""
@@ -231,6 +253,13 @@ class Checkpoints:
         self.uploader.shutdown(wait=True)
         for upload in self.uploads:
             upload.result()
+
+
+def local_bytes(leaf: Any) -> int:
+    """Bytes of a tensor that lie on this rank; 0 for anything else."""
+    if isinstance(leaf, DTensor):
+        leaf = leaf.to_local()
+    return leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
 
 
 def quoted(text: str) -> str:

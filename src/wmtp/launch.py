@@ -8,6 +8,7 @@ such as a rank that the kernel killed, is said here. Exit codes: 0, or 1 when a 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -24,7 +25,9 @@ def story(rank: int, exitcode: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torchrun itself, which says the same at length
+    # torchrun says the same at length: one logger reads the environment, the other is torch's own.
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

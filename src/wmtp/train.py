@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -39,7 +40,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
-from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError
+from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError, local_bytes
 from wmtp.data import Batches, DataError, load_tokenizer, pack, read_texts, tokenize
 from wmtp.model import (
     ModelError,
@@ -72,6 +73,15 @@ class Stop:
 
     def notice(self, number: int, frame: FrameType | None) -> None:
         self.cause, self.signal = signal.Signals(number).name, number
+
+
+@dataclass
+class Progress:
+    """What the end of a run, good or bad, has to know of it."""
+
+    step: int = 0
+    cause: str | None = None
+    tracker: Tracker | None = None
 
 
 def say(text: str) -> None:
@@ -343,7 +353,7 @@ def train_step(
     return total, tokens
 
 
-def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
+def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     """From settings to the last checkpoint. Returns the exit code."""
     began = time.monotonic()
     config, recipe = settings.load_pair(args.config, args.recipe, args.overrides, env=args.env)
@@ -392,6 +402,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
         concurrency=config.storage.workers,
         part_mb=config.storage.part_size_mb,
     )
+    # Parameters and Adam's two moments: known now, so not found out at the first save.
+    checkpoints.need_room("a checkpoint", 3 * sum(local_bytes(p) for p in model.parameters()))
     state: dict[str, Any] = {
         "held_out_before": [],
         "best": None,
@@ -401,7 +413,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
     }
     step = resume(checkpoints, model, optimizer, state, rank)
     total = step if state["ended"] else total
-    progress["step"] = step
+    progress.step = step
     say(
         f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {rows_per_step} a step, {total} steps; "
         f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - began:.0f} s'}"
@@ -409,7 +421,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
 
     tracker = None
     if rank == 0:
-        tracker = Tracker(
+        tracker = progress.tracker = Tracker(
             PathResolver().resolve_tracking(config.mlflow.tracking_uri),
             config.mlflow.experiment,
             name,
@@ -446,7 +458,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        progress["step"] = step
+        progress.step = step
         tokens_done += tokens
         if record and tracker:
             seconds = time.monotonic() - tick
@@ -486,8 +498,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: dict[str, Any]) -> int:
             checkpoints.close()
             if tracker:
                 tracker.finish("KILLED")
-            progress["cause"] = stop.cause or "max_hours"
-            say(f"train     stopped after step {step} ({progress['cause']}), saved; next: the same command goes on")
+            progress.cause = stop.cause or "max_hours"
+            say(f"train     stopped after step {step} ({progress.cause}), saved; next: the same command goes on")
             return RESUME_ME
     train_seconds = time.monotonic() - began_steps
 
@@ -603,44 +615,70 @@ def write_whole(path: Path, text: str) -> None:
     staging.replace(path)
 
 
+def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str]:
+    """Exit code, cause and what a person sees of ``error``; the traceback goes to ``log``."""
+    if isinstance(error, settings.ConfigError):
+        return BAD_INPUT, str(error), str(error)
+    if isinstance(error, BadInput | DataError | ModelError):
+        return BAD_INPUT, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
+    system = error.__cause__ if isinstance(error, CheckpointError) else error
+    full = isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+    code = TRANSFER if isinstance(error, TransferError) else DISK if full else FAILED
+    kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+    first = f"read {log}, then " if log and code == FAILED else "mend it, then "
+    return (
+        code,
+        f"rank {rank}: {kind}{error}",
+        f"train     FAIL  rank {rank}: {kind}{error}\n"
+        "              rule  a failed step ends the run; what was saved stays\n"
+        f"              next  {first}start the same command: it goes on from the newest checkpoint",
+    )
+
+
+def claim(path: Path | None, text: str) -> bool:
+    """Write ``path`` unless another rank did: the first to fail knows why, the others see it leave."""
+    if path is None:
+        return True
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text)
+        path.hardlink_to(staging)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        print(f"train     warn  {path}: {error.strerror}", file=sys.stderr, flush=True)
+    finally:
+        staging.unlink(missing_ok=True)
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     die_with_parent()
-    stop, progress = Stop(), dict[str, Any](step=0, cause=None)
+    stop, progress = Stop(), Progress()
     rank = int(os.environ.get("RANK", "0"))
+    if args.exit_file and rank == 0:
+        args.exit_file.unlink(missing_ok=True)
     try:
-        code = run(args, stop, progress)
-    except settings.ConfigError as error:
-        code, progress["cause"] = BAD_INPUT, str(error)
-        say(str(error))
-    except (BadInput, DataError, ModelError) as error:
-        code, progress["cause"] = BAD_INPUT, str(error)
-        say("train     FAIL  " + "\n              ".join(str(error).split("; ")))
+        code, text = run(args, stop, progress), ""
     except Exception as error:
-        system = error.__cause__ if isinstance(error, CheckpointError) else error
-        disk = isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR)
-        code = TRANSFER if isinstance(error, TransferError) else DISK if disk else FAILED
-        progress["cause"] = f"rank {rank}: {type(error).__name__}: {error}"
-        log = None
-        if args.exit_file:
-            log = args.exit_file.with_name(f"traceback-rank-{rank}.log")
-            write_whole(log, traceback.format_exc())
-        if args.verbose or (log is None and code == FAILED):
+        log = args.exit_file.with_name(f"traceback-rank-{rank}.log") if args.exit_file else None
+        code, progress.cause, text = failure(error, rank, log)
+        if code == FAILED and log:
+            with contextlib.suppress(OSError):  # a full disk has a message of its own
+                write_whole(log, traceback.format_exc())
+        if args.verbose or (code == FAILED and not log):
             traceback.print_exc()
-        print(
-            f"train     FAIL  {progress['cause']}\n              rule  a failed step ends the run; what was saved "
-            f"stays\n              next  {f'read {log}, then ' if log else ''}start the same command: it goes on "
-            "from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-    # The first rank that fails knows the cause; the others only see its connection close.
-    told = code in (DISK, TRANSFER, FAILED) and args.exit_file and args.exit_file.exists()
-    if args.exit_file and not told and (rank == 0 or code in (DISK, TRANSFER, FAILED)):
-        write_whole(args.exit_file, json.dumps({"code": code, **progress}) + "\n")
-    if dist.is_initialized() and code not in (DONE, RESUME_ME):
-        os._exit(code)  # a group whose other ranks are gone can't be closed; torchrun ends them
+    if rank == 0 or text:
+        ending = {"code": code, "step": progress.step, "cause": progress.cause}
+        if claim(args.exit_file, json.dumps(ending) + "\n") and text:
+            print(text, file=sys.stderr, flush=True)
+    if text and progress.tracker:
+        progress.tracker.finish("FAILED")
     if dist.is_initialized():
+        if text:
+            os._exit(code)  # a group whose other ranks are gone can't be closed; torchrun ends them
         dist.destroy_process_group()
     # torchrun ends the others at the first code that is not 0, and rank 0 may still be uploading.
     return DONE if code == RESUME_ME and rank > 0 else code
