@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp.data import Batches, DataError, load_tokenizer, pack, read_texts, tokenize
+from wmtp.data import Batches, DataError, load_tokenizer, pack, read_records, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_folder_without_or_with_a_broken_tokenizer(tmp_path: Path) -> None:
 def test_texts_of_both_spellings_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"prompt": "p", "solution": "s\u2028t"}\n\n', encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"text": "q", "code": "c"}')
-    assert read_texts(tmp_path) == ["q\nc", "p\ns\u2028t"]
+    assert [r.text for r in read_records(tmp_path)] == ["q\nc", "p\ns\u2028t"]
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,16 @@ def test_texts_of_both_spellings_in_order(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, what: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "q", "code": "c"}\n' + line + b"\n")
     with pytest.raises(DataError) as error:
-        read_texts(tmp_path)
+        read_records(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}/a.jsonl:2: {what}")
 
 
 def test_a_source_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \*\.jsonl file"):
-        read_texts(tmp_path)
+        read_records(tmp_path)
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(DataError, match="hold no record"):
-        read_texts(tmp_path)
+        read_records(tmp_path)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=8), st.integers(1, 7), st.booleans())

@@ -168,14 +168,14 @@ def test_model_packed_document_equals_the_document_alone() -> None:
     labels, mask = oracle_labels(x, ids[None], 3)
     with torch.no_grad():
         together = model.hidden(x, ids[None])
-        _, ce = model(x, ids[None], labels, mask, count=mask.sum())
+        _, ce, *_ = model(x, ids[None], labels, mask, count=mask.sum())
         start = 0
         for document in documents:
             alone_x, zero = document[None], torch.zeros(1, len(document), dtype=torch.long)
             there = slice(start, start + len(document))
             torch.testing.assert_close(together[:, there], model.hidden(alone_x, zero), atol=2e-5, rtol=1e-5)
             alone_labels, alone_mask = oracle_labels(alone_x, zero, 3)
-            _, alone_ce = model(alone_x, zero, alone_labels, alone_mask, count=alone_mask.sum().clamp(min=1))
+            _, alone_ce, *_ = model(alone_x, zero, alone_labels, alone_mask, count=alone_mask.sum().clamp(min=1))
             torch.testing.assert_close(ce[:, there], alone_ce, atol=2e-5, rtol=1e-5)
             start += len(document)
 
@@ -227,7 +227,7 @@ def test_model_loss_and_gradients_equal_the_naive_form(
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.checkpoint_layers = layers_too
-    loss, ce = model(x, ids, labels, mask, count=torch.tensor(100))
+    loss, ce, *_ = model(x, ids, labels, mask, count=torch.tensor(100))
     loss.backward()
     assert expected.keys() == dict(model.named_parameters()).keys()
     torch.testing.assert_close(loss, naive)
@@ -241,7 +241,7 @@ def test_model_without_a_label_gives_zero_loss_and_zero_gradients() -> None:
     model = lively(SMALL).train()
     x = torch.full((1, 6), 2)
     labels = torch.full((1, 6, 3), -100)
-    loss, ce = model(x, torch.full((1, 6), -1), labels, labels != -100, count=1)
+    loss, ce, *_ = model(x, torch.full((1, 6), -1), labels, labels != -100, count=1)
     loss.backward()
     assert loss.item() == 0 and (ce == 0).all()
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
@@ -254,8 +254,8 @@ def test_model_mask_rules_over_labels() -> None:
     labels, mask = oracle_labels(x, ids, 3)
     fewer = mask.clone()
     fewer[:, 2] = False
-    _, whole = model(x, ids, labels, mask, count=1)
-    loss, ce = model(x, ids, labels, fewer, count=1)
+    _, whole, *_ = model(x, ids, labels, mask, count=1)
+    loss, ce, *_ = model(x, ids, labels, fewer, count=1)
     torch.testing.assert_close(ce, whole * fewer)
     torch.testing.assert_close(loss, ce.sum())
 
@@ -266,7 +266,7 @@ def test_model_ce_is_float32_under_bf16() -> None:
     x = torch.arange(6)[None]
     ids = torch.zeros_like(x)
     labels, mask = oracle_labels(x, ids, 3)
-    _, ce = model(x, ids, labels, mask, count=mask.sum())
+    _, ce, *_ = model(x, ids, labels, mask, count=mask.sum())
     assert ce.dtype == torch.float32
     assert not torch.equal(ce, ce.bfloat16().float())
 
@@ -301,7 +301,7 @@ def test_model_learns_within_twelve_steps(models: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(12):
-        loss, _ = model(x, ids, labels, mask, count=mask.sum())
+        loss, *_ = model(x, ids, labels, mask, count=mask.sum())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -342,7 +342,7 @@ def sharded_worker(rank: int, folder: str, cases: list[ModelSpec]) -> None:
             sharded.set_requires_gradient_sync(i == 1)
             sharded.set_is_last_backward(i == 1)
             part = slice(4 * rank + 2 * i, 4 * rank + 2 * i + 2)
-            loss, _ = model(*(t[part] for t in batch), count=batch[3].sum())
+            loss, *_ = model(*(t[part] for t in batch), count=batch[3].sum())
             (loss * 2).backward()  # FSDP averages over the ranks
             total += loss.detach()
         dist.all_reduce(total)
@@ -358,7 +358,7 @@ def test_model_two_sharded_ranks_give_the_gradients_of_one(tmp_path: Path) -> No
     for number, spec in enumerate(cases):
         model = lively(spec).train()
         batch = two_rank_batch(spec)
-        loss, _ = model(*batch, count=batch[3].sum())
+        loss, *_ = model(*batch, count=batch[3].sum())
         loss.backward()
         got = torch.load(tmp_path / f"{number}.pt", weights_only=True)
         torch.testing.assert_close(got["loss"], loss.detach())

@@ -173,6 +173,29 @@ class Checkpoints:
         trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
         return trainer
 
+    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
+        """Load the newest whole checkpoint, from disk or bucket, into all three; returns its step, or 0. Collective."""
+        newest = torch.zeros(2, dtype=torch.int64)
+        problem: Exception | None = None
+        if self.rank == 0:
+            try:
+                self.fetch_newest()
+            except CheckpointError as error:
+                problem = error
+            steps = self.steps()
+            newest = torch.tensor([steps[-1] if steps else 0, int(problem is not None)])
+        if dist.is_initialized():
+            dist.all_reduce(newest)
+        if int(newest[1]):
+            raise problem or CheckpointError("rank 0 could not read the bucket's checkpoints")
+        step = int(newest[0])
+        if step:
+            state.update(self.load(step, model, optimizer))
+            state.pop("step")
+            if self.rank == 0:
+                self.upload(self.folder / f"step-{step}")  # a kill may have come before its upload ended
+        return step
+
     def prune(self) -> None:
         """Keep the newest ``keep_last`` on disk; a folder loses its marker first."""
         for step in self.steps()[: -self.keep_last]:
@@ -232,8 +255,13 @@ class Checkpoints:
             self.prune()
 
     def _upload(self, folder: Path) -> None:
-        if not folder.exists():  # the uploads lag and a newer one took its place
-            return
+        try:
+            if folder.exists():  # else the uploads lag and a newer one took its place
+                self._bring(folder)
+        finally:
+            self.prune()  # also while the bucket is away: its silence must not fill the disk
+
+    def _bring(self, folder: Path) -> None:
         target = f"{self.remote}/{folder.name}"
         size = ["--concurrency", str(self.concurrency), "--part-size", str(self.part_mb)]
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER]
@@ -246,7 +274,6 @@ class Checkpoints:
         for step in self.remote_steps()[: -self.keep_last]:
             self.s5cmd("rm", f"{self.remote}/step-{step}/{MARKER}")
             self.s5cmd("rm", f"{self.remote}/step-{step}/*")
-        self.prune()
 
     def close(self) -> None:
         """Wait for the uploads. Raises the first one's failure."""

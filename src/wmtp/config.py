@@ -1134,6 +1134,22 @@ def _recipe_rules(recipe: Recipe, tree: Tree) -> None:
             "true without data.eval.sources",
             "early stopping watches the held-out cross-entropy",
         )
+    fields = re.findall(r"\{(\w*)\}", recipe.critic.reward_template)
+    unknown = [name for name in fields if name not in ("prompt", "solution", "text")]
+    if unknown or not {"solution", "text"} & {*fields}:
+        tree.add(
+            ("critic", "reward_template"),
+            f"{{{unknown[0]}}} is not a field" if unknown else "neither {solution} nor {text} in it",
+            "the reward model reads the document through it: {prompt}, {solution} and {text} are its fields",
+        )
+    stage1 = recipe.pretrain
+    watched = recipe.train.algo == "critic-wmtp" and stage1.enabled and stage1.early_stopping.enabled
+    if watched and not recipe.data.eval.sources:
+        tree.add(
+            ("pretrain", "early_stopping", "enabled"),
+            "true without data.eval.sources",
+            "early stopping watches the held-out value loss",
+        )
 
 
 def _pair_rules(config: Config, recipe: Recipe, config_tree: Tree, recipe_tree: Tree) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -145,8 +145,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def read_texts(folder: Path) -> list[str]:
-    """Prompt and solution of every record of every `*.jsonl` in `folder`, files by name.
+@dataclass(frozen=True)
+class Record:
+    """One entry of a data source."""
+
+    prompt: str
+    solution: str
+
+    @property
+    def text(self) -> str:
+        """What a model is trained on."""
+        return f"{self.prompt}\n{self.solution}"
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Every record of every `*.jsonl` in `folder`, files by name.
 
     A record is an object with a text under `prompt` or `text`, and under `solution` or `code`.
     Blank lines are passed over. Raises DataError naming file and line of the first bad one.
@@ -159,23 +172,33 @@ def read_texts(folder: Path) -> list[str]:
             "  rule: a data source is a folder of JSON Lines files\n"
             "  next: correct the path in the configuration's paths.datasets, or sync the data"
         )
-    texts: list[str] = []
+    records: list[Record] = []
     for file in files:
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
             if line.strip():
-                texts.append(_text_of(line, f"{file}:{number}"))
-    if not texts:
+                records.append(_record_of(line, f"{file}:{number}"))
+    if not records:
         raise DataError(
             f"{folder}: its *.jsonl files hold no record\n"
             "  rule: a data source has at least one record\n"
             "  next: sync the data again"
         )
-    return texts
+    return records
 
 
 def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Each text as a document of ids: bos, the text, eos."""
     return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+
+
+class Piece(NamedTuple):
+    """Where a packed document comes from: tokens `start` to `start + length` of document `source` of the input."""
+
+    source: int
+    start: int
+    length: int
+    whole: bool
+    """Not cut: it is the source document itself."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +211,8 @@ class Rows:
     """`[N, S]` int64, the document's number within its row, -1 on padding."""
     pad: Tensor
     """`[N, S]` bool, True on padding."""
+    pieces: tuple[tuple[Piece, ...], ...] = ()
+    """The documents of each row, in the order of their numbers."""
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -212,14 +237,17 @@ def pack(documents: Iterable[Sequence[int]], max_length: int, pad_id: int, pack_
             "  next: raise data.max_length in the recipe"
         )
     rows: list[list[Sequence[int]]] = []
+    pieces: list[list[Piece]] = []
     used = max_length
-    for document in documents:
+    for source, document in enumerate(documents):
         for start in range(0, len(document), max_length):
             piece = document[start : start + max_length]
             if not pack_sequences or used + len(piece) > max_length:
                 rows.append([])
+                pieces.append([])
                 used = 0
             rows[-1].append(piece)
+            pieces[-1].append(Piece(source, start, len(piece), len(piece) == len(document)))
             used += len(piece)
     x = np.full((len(rows), max_length), pad_id, dtype=np.int64)
     ids = np.full((len(rows), max_length), -1, dtype=np.int64)
@@ -230,7 +258,32 @@ def pack(documents: Iterable[Sequence[int]], max_length: int, pad_id: int, pack_
             ids[n, at : at + len(piece)] = number
             at += len(piece)
     document_ns = torch.from_numpy(ids)
-    return Rows(x=torch.from_numpy(x), document=document_ns, pad=document_ns < 0)
+    return Rows(torch.from_numpy(x), document_ns, document_ns < 0, tuple(map(tuple, pieces)))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Records, and the rows that they were packed into."""
+
+    records: list[Record]
+    rows: Rows
+
+
+def read_corpus(folders: Sequence[Path], without: Iterable[str], tokenizer: Tokenizer, layout: Layout) -> Corpus:
+    """The records of ``folders`` in order, less those whose text is in ``without``, tokenized and packed."""
+    held = set(without)
+    records = [record for folder in folders for record in read_records(folder) if record.text not in held]
+    documents = tokenize([record.text for record in records], tokenizer)
+    return Corpus(records, pack(documents, layout.max_length, tokenizer.eos_id, layout.pack_sequences))
+
+
+class Layout(Protocol):
+    """`data.train` or `data.eval` of a recipe."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def pack_sequences(self) -> bool: ...
 
 
 class Batches:
@@ -287,14 +340,14 @@ class Batches:
         return self._orders[epoch]
 
 
-def _text_of(line: bytes, place: str) -> str:
+def _record_of(line: bytes, place: str) -> Record:
     try:
         record = json.loads(line.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(_bad_line(place, f"is not JSON ({error})")) from error
     if not isinstance(record, dict):
         raise DataError(_bad_line(place, f"is a {type(record).__name__}, not an object"))
-    return "\n".join(_field(record, keys, place) for keys in (PROMPT_KEYS, SOLUTION_KEYS))
+    return Record(_field(record, PROMPT_KEYS, place), _field(record, SOLUTION_KEYS, place))
 
 
 def _field(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:

@@ -11,9 +11,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from wmtp.objective import weighted_loss
+from wmtp.objective import IGNORED, align_next, baseline_mtp, value_gain, weighted_loss
 
 LOGIT_BUDGET = 1 << 25  # elements of logits alive at once: 128 MiB in float32
 SHARD_BYTES = 4 << 30
@@ -253,49 +253,146 @@ def attention_layout(document_bs: Tensor) -> tuple[Tensor, Tensor]:
     return index - first, (same & (index[:, None] >= index[None, :]))[:, None]
 
 
+Rule = Callable[..., Tensor]
+"""An algorithm of `wmtp.objective`: `rule(ce, mask, **aligned) -> w`, any leading dimensions."""
+
+
+@dataclass
+class Weighing:
+    """How the loss of a forward is weighed. No pytree on purpose: FSDP must not round its float32 tensors to bf16."""
+
+    rule: Rule = baseline_mtp
+    aligned: dict[str, Tensor] = field(default_factory=dict)
+    """Name to `[B, S, H]`; handed to the rule by name, chunk by chunk."""
+    discount_lambda: float | None = None
+    """Set: the model adds `delta_aligned`, the value that each predicted token adds."""
+
+
+class Output(NamedTuple):
+    """What a forward gives; None where it was not asked for."""
+
+    loss: Tensor | None
+    """Scalar: `sum(w * ce over mask) / count`."""
+    ce_bsh: Tensor | None
+    """`[B, S, H]` float32 nats, detached, 0 outside the mask; so is `w_bsh`."""
+    w_bsh: Tensor | None
+    value_bs: Tensor | None
+    """`[B, S]` float32, differentiable to the value head only."""
+
+
+class _OnePassLoss(torch.autograd.Function):
+    """Loss, weights and gradients of all heads, a chunk of positions at a time: no logits outlive their chunk.
+
+    Exact because the weights of a position depend on that position alone and the count is known before. The gradients
+    are made in forward and multiplied by the incoming scalar in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nhd: Tensor,
+        weight_vd: Tensor,
+        labels_nh: Tensor,
+        count: Tensor | int,
+        weighing: Weighing,
+        size: int,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads, dim = hidden_nhd.shape[1:]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_nhd.device)
+        ce_nh = torch.zeros(labels_nh.shape, dtype=torch.float32, device=hidden_nhd.device)
+        w_nh = torch.zeros_like(ce_nh)
+        d_hidden = torch.empty_like(hidden_nhd) if learns else None
+        d_weight = torch.zeros(weight_vd.shape, dtype=torch.float32, device=weight_vd.device) if learns else None
+        aligned = {name: value.reshape(-1, heads) for name, value in weighing.aligned.items()}
+        for at in range(0, len(labels_nh), size):
+            part = slice(at, at + size)
+            y_nh = labels_nh[part]
+            mask_nh = y_nh != IGNORED
+            h_md = hidden_nhd[part].reshape(-1, dim)
+            logits_mv = F.linear(h_md, weight_vd).float()
+            target_m1 = y_nh.reshape(-1, 1).clamp(min=0)
+            lse_m1 = torch.logsumexp(logits_mv, dim=-1, keepdim=True)
+            ce = (lse_m1 - logits_mv.gather(1, target_m1)).view(y_nh.shape).masked_fill(~mask_nh, 0)
+            w = weighing.rule(ce, mask_nh, **{name: value[part] for name, value in aligned.items()})
+            with torch.enable_grad():
+                leaf = ce.requires_grad_(learns)
+                part_loss = weighted_loss(leaf, w, mask_nh, count=count)
+            loss += part_loss.detach()
+            ce_nh[part], w_nh[part] = ce.detach(), w
+            if d_hidden is None or d_weight is None:
+                continue
+            (d_ce,) = torch.autograd.grad(part_loss, leaf)
+            # d ce / d logits = softmax - one-hot, in place of the logits.
+            d_logits = logits_mv.sub_(lse_m1).exp_()
+            d_logits.scatter_add_(1, target_m1, torch.full_like(lse_m1, -1.0))
+            d_logits = d_logits.mul_(d_ce.reshape(-1, 1)).to(hidden_nhd.dtype)
+            d_hidden[part] = (d_logits @ weight_vd.to(d_logits.dtype)).view(-1, heads, dim)
+            if h_md.dtype == torch.float32:
+                d_weight.addmm_(d_logits.t(), h_md)
+            else:
+                d_weight += d_logits.t() @ h_md
+        if d_hidden is not None and d_weight is not None:
+            ctx.save_for_backward(d_hidden, d_weight.to(weight_vd.dtype))
+        ctx.mark_non_differentiable(ce_nh, w_nh)
+        return loss, ce_nh, w_nh
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (d_hidden * scale).to(d_hidden.dtype), (d_weight * scale).to(d_weight.dtype), *[None] * 5
+
+
 class LMHead(nn.Module):
     """Unembedding and loss in one module, so that FSDP gathers the weight around both."""
 
     def __init__(self, hidden: int, vocab_size: int) -> None:
         super().__init__()
+        self.positions: int | None = None
+        """Positions of a chunk; None: as many as keep a chunk's logits within `LOGIT_BUDGET`."""
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(
-        self, hidden_bshd: Tensor, labels_bsh: Tensor, mask_bsh: Tensor, count: Tensor | int
-    ) -> tuple[Tensor, Tensor]:
-        """``(sum of ce over mask / count, ce [B, S, H] float32 detached, 0 outside mask)``.
-
-        Works through chunks of positions; a chunk's logits are made again in backward and never kept.
-        """
+        self, hidden_bshd: Tensor, labels_bsh: Tensor, mask_bsh: Tensor, count: Tensor | int, weighing: Weighing
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(sum of w * ce over mask / count, ce, w)`, the last two `[B, S, H]` float32, detached, 0 outside mask."""
         heads, dim = hidden_bshd.shape[-2:]
-        hidden = hidden_bshd.reshape(-1, heads, dim)
-        labels = labels_bsh.masked_fill(~mask_bsh, -100).reshape(-1, heads)
-        size = max(1, LOGIT_BUDGET // (self.weight.shape[0] * heads))
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        parts = []
-        for h, y in zip(hidden.split(size), labels.split(size), strict=True):
-            part, ce = checkpoint(self._chunk, h, y, count, use_reentrant=False)
-            loss = loss + part
-            parts.append(ce)
-        return loss, torch.cat(parts).view(labels_bsh.shape)
-
-    def _chunk(self, hidden_nhd: Tensor, labels_nh: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden_nhd, self.weight).float()
-        ce = F.cross_entropy(logits.flatten(0, 1), labels_nh.flatten(), ignore_index=-100, reduction="none").view(
-            labels_nh.shape
+        size = self.positions or max(1, LOGIT_BUDGET // (self.weight.shape[0] * heads))
+        loss, ce, w = _OnePassLoss.apply(
+            hidden_bshd.reshape(-1, heads, dim),
+            self.weight,
+            labels_bsh.masked_fill(~mask_bsh, IGNORED).reshape(-1, heads),
+            count,
+            weighing,
+            size,
+            torch.is_grad_enabled() and (hidden_bshd.requires_grad or self.weight.requires_grad),
         )
-        return weighted_loss(ce, torch.ones_like(ce), labels_nh != -100, count=count), ce.detach()
+        return loss, ce.view(labels_bsh.shape), w.view(labels_bsh.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[…, D] -> […, V]``, for small inputs and unsharded models."""
         return F.linear(hidden, self.weight)
 
 
-class MTPModel(nn.Module):
-    """Trunk, ``H`` heads, shared norm and unembedding. May be built under ``torch.device("meta")``."""
+class ValueHead(nn.Module):
+    """`V[j]`: one linear value per token, in float32 whatever comes in."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden, dtype=torch.float32))
+
+    def forward(self, hidden_bsd: Tensor) -> Tensor:
+        """`[B, S, D] -> [B, S]` float32."""
+        with torch.autocast(hidden_bsd.device.type, enabled=False):
+            return F.linear(hidden_bsd.float(), self.weight.float()).squeeze(-1).clone()  # FSDP warns of views
+
+
+class MTPModel(nn.Module):
+    """Trunk, ``H`` heads, shared norm and unembedding; a value head where asked. May be built on ``meta``."""
+
+    def __init__(self, spec: ModelSpec, value_head: bool = False) -> None:
         super().__init__()
         config = _llama_config(spec)
         self.spec = spec
@@ -305,32 +402,61 @@ class MTPModel(nn.Module):
         self.heads = nn.ModuleList(LlamaDecoderLayer(config, spec.trunk_layers + k) for k in range(spec.heads))
         self.norm = LlamaRMSNorm(spec.hidden, eps=spec.norm_eps)
         self.lm_head = LMHead(spec.hidden, spec.vocab_size)
+        self.value_head = ValueHead(spec.hidden) if value_head else None
         self.rotary_emb = LlamaRotaryEmbedding(config)
         if spec.tied:
             _tie(self)
 
-    def hidden(self, x_bs: Tensor, document_bs: Tensor) -> Tensor:
-        """The heads' outputs after the final norm, ``[B, S, H, D]``."""
+    def trunk(self, x_bs: Tensor, document_bs: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """`[B, S, D]` before the heads, with the attention mask and rotary tables that the heads use too."""
         positions, mask = attention_layout(document_bs)
         h = self.embed_tokens(x_bs)
         rotary = self.rotary_emb(h, position_ids=positions)
         for layer in self.layers:
             h = self._layer(layer, h, mask, rotary)
-        return self.norm(torch.stack([self._layer(head, h, mask, rotary) for head in self.heads], dim=2))
+        return h, mask, rotary
+
+    def hidden(self, x_bs: Tensor, document_bs: Tensor) -> Tensor:
+        """The heads' outputs after the final norm, ``[B, S, H, D]``."""
+        return self._heads(*self.trunk(x_bs, document_bs))
 
     def forward(
         self,
         x_bs: Tensor,
         document_bs: Tensor,
-        labels_bsh: Tensor,
-        mask_bsh: Tensor,
-        count: Tensor | int,
-    ) -> tuple[Tensor, Tensor]:
-        """``(loss, ce [B, S, H])``: ``loss = sum(ce over mask) / count``, ``ce`` detached float32 nats.
+        labels_bsh: Tensor | None = None,
+        mask_bsh: Tensor | None = None,
+        count: Tensor | int | None = None,
+        weighing: Weighing | None = None,
+    ) -> Output:
+        """Loss, cross-entropies, weights and values; without labels the values alone, and no gradient to the trunk.
 
         ``count`` is a whole number (int64 where it is a tensor): FSDP would round a float to its half type.
         """
-        return self.lm_head(self.hidden(x_bs, document_bs), labels_bsh, mask_bsh, count)
+        if labels_bsh is None or mask_bsh is None or count is None:
+            with torch.no_grad():
+                h, _, _ = self.trunk(x_bs, document_bs)
+            return Output(None, None, None, self._value(h))
+        h, mask, rotary = self.trunk(x_bs, document_bs)
+        value_bs = self._value(h)
+        weighing = weighing or Weighing()
+        if weighing.discount_lambda is not None:
+            assert value_bs is not None
+            delta_bs = value_gain(value_bs.detach(), weighing.discount_lambda)
+            aligned = {**weighing.aligned, "delta_aligned": align_next(delta_bs, self.spec.heads)}
+            weighing = Weighing(weighing.rule, aligned)
+        loss, ce, w = self.lm_head(self._heads(h, mask, rotary), labels_bsh, mask_bsh, count, weighing)
+        return Output(loss, ce, w, value_bs)
+
+    def _heads(self, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return self.norm(torch.stack([self._layer(head, h, mask, rotary) for head in self.heads], dim=2))
+
+    def _value(self, h: Tensor) -> Tensor | None:
+        if self.value_head is None:
+            return None
+        with torch.no_grad():
+            normed = self.norm(h)
+        return self.value_head(normed)
 
     def _layer(self, layer: nn.Module, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if self.checkpoint_layers and torch.is_grad_enabled():
@@ -344,15 +470,48 @@ def _tie(model: MTPModel) -> None:
     model.lm_head.weight = weight
 
 
-def shard_units(model: MTPModel) -> list[nn.Module]:
+class RewardModel(nn.Module):
+    """A Llama trunk with all layers of its folder, and a linear reward on the last token's state (as Starling's)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        config = _llama_config(spec)
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(spec.trunk_layers + spec.heads))
+        self.norm = LlamaRMSNorm(spec.hidden, eps=spec.norm_eps)
+        self.v_head = ValueHead(spec.hidden)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def forward(self, x_bs: Tensor, document_bs: Tensor, last_b: Tensor) -> Tensor:
+        """Reward `[B]` float32: the value at position ``last_b[b]`` of each row."""
+        positions, mask = attention_layout(document_bs)
+        h = self.embed_tokens(x_bs)
+        rotary = self.rotary_emb(h, position_ids=positions)
+        for layer in self.layers:
+            h = _apply_layer(layer, h, mask, rotary)
+        ends_bd = h[torch.arange(len(h), device=h.device), last_b]
+        return self.v_head(self.norm(ends_bd))
+
+
+def shard_units(model: nn.Module) -> list[nn.Module]:
     """What ``fully_shard`` wraps before the root. A tied unembedding stays with the root, which owns the embedding."""
-    return [*model.layers, *model.heads, *([] if model.spec.tied else [model.lm_head])]
+    if isinstance(model, RewardModel):
+        return [*model.layers, model.v_head]
+    assert isinstance(model, MTPModel)
+    value = [] if model.value_head is None else [model.value_head]
+    return [*model.layers, *model.heads, *([] if model.spec.tied else [model.lm_head]), *value]
 
 
-def finish_meta(model: MTPModel, device: torch.device | str) -> None:
+def value_head_state(spec: ModelSpec) -> dict[str, Tensor]:
+    """A new value head: zeros, so that it adds no weight before it has learned anything, and draws from no stream."""
+    return {"value_head.weight": torch.zeros(1, spec.hidden)}
+
+
+def finish_meta(model: MTPModel | RewardModel, device: torch.device | str) -> None:
     """Give a model built on ``meta`` memory on ``device``; its weights are then undefined, its rotary buffers not."""
     model.to_empty(device=torch.device(device))
-    if model.spec.tied and not hasattr(model, "unshard"):
+    if isinstance(model, MTPModel) and model.spec.tied and not hasattr(model, "unshard"):
         _tie(model)  # to_empty makes one each; FSDP keeps them one itself
     with torch.device(device):
         model.rotary_emb = LlamaRotaryEmbedding(_llama_config(model.spec))
@@ -398,6 +557,46 @@ def load_state(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
             state.setdefault("lm_head.weight", state["embed_tokens.weight"])
     _check_state(folder, spec, state, unexpected)
     return state
+
+
+def load_reward_state(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The whole state under ``RewardModel``'s names, from a Hugging Face folder.
+
+    The reward is `v_head.weight` `[1, D]` (Starling) or `score.weight` `[1, D]` (sequence classification); an
+    unembedding that came along is left out. Raises ``ModelError`` with every tensor that doesn't fit.
+    """
+    folder = Path(folder)
+    if spec.layout != "hf":
+        raise ModelError(
+            f"{folder}: params.json without config.json",
+            "a reward model is a Hugging Face folder",
+            "name another in paths.models.rm",
+        )
+    state, unexpected = _rename(_read_weights(folder), _reward_name)
+    state.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in RewardModel(spec).state_dict().items()}
+    _compare(folder, expected, state, unexpected)
+    return state
+
+
+def load_reward(folder: Path, device: torch.device | str) -> RewardModel:
+    """One whole reward model on one device, in float32."""
+    spec = read_spec(folder)
+    with torch.device("meta"):
+        model = RewardModel(spec)
+    finish_meta(model, device)
+    model.load_state_dict(load_reward_state(folder, spec))
+    return model
+
+
+def _reward_name(key: str) -> str | None:
+    if key in ("v_head.weight", "score.weight"):
+        return "v_head.weight"
+    if key == "lm_head.weight":
+        return key
+    found = re.fullmatch(r"(?:model|transformer)\.(.+)", key)
+    return found[1] if found else None
 
 
 def load_model(folder: Path, device: torch.device | str) -> MTPModel:
@@ -527,6 +726,12 @@ def _safetensors_load(path: Path) -> dict[str, Tensor]:
 def _check_state(folder: Path, spec: ModelSpec, state: Mapping[str, Tensor], unexpected: Iterable[str]) -> None:
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in MTPModel(spec).state_dict().items()}
+    _compare(folder, expected, state, unexpected)
+
+
+def _compare(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], unexpected: Iterable[str]
+) -> None:
     lines = [f"missing {k}" for k in sorted(expected.keys() - state.keys())]
     lines += [f"unexpected {k}" for k in sorted({*unexpected, *(state.keys() - expected.keys())})]
     lines += [
@@ -558,6 +763,8 @@ def export_hf(state: Mapping[str, Tensor], spec: ModelSpec, folder: Path, tokeni
     extra: dict[str, Tensor] = {}
     for key, value in state.items():
         tensor = value.detach().cpu().contiguous()
+        if key.startswith("value_head."):
+            continue  # no part of a language model
         if key.startswith("heads.0."):
             plain[f"model.layers.{spec.trunk_layers}.{key.removeprefix('heads.0.')}"] = tensor
         elif key.startswith("heads."):

@@ -13,6 +13,8 @@ hidden: it comes out as NaN, so that the caller's check for a finite loss sees i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -196,6 +198,62 @@ def weighted_loss(ce: Tensor, w: Tensor, mask: Tensor, *, count: Tensor | float 
     if isinstance(count, Tensor):
         return total / count.to(total.device).clamp(min=1)
     return total / max(count, 1)
+
+
+@torch.no_grad()
+def weight_sums(w: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Float64 sums of the weights that add up over micro-batches and ranks, for `weight_statistics`."""
+    w, valid = _inside(mask, w).double(), mask.sum(-1)
+    total = w.sum(-1, keepdim=True)
+    share = w / torch.where(total == 0, torch.ones_like(total), total)
+    entropy = -torch.where(share > 0, share * share.clamp(min=1e-300).log(), torch.zeros_like(share)).sum(-1)
+    several = (valid > 1) & (total.squeeze(-1) > 0)
+    even = valid.clamp(min=2).double().log()
+    leading = tuple(range(w.dim() - 1))
+    return {
+        "head_sum": w.sum(leading),
+        "head_count": mask.double().sum(leading),
+        "square": w.square().sum(),
+        "zeros": (mask & (w == 0)).double().sum(),
+        "entropy": (entropy / even)[several].sum(),
+        "positions": several.double().sum(),
+    }
+
+
+def weight_statistics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """What is watched, from the sums of a global batch.
+
+    `w_mean_head_k`; `w_entropy`, the mean over positions with two valid heads or more of the entropy of a position's
+    weights over that of equal ones; `w_ess`, the effective sample size `(sum w)^2 / sum w^2` over N; `w_zeros`, the
+    share of entries that weigh nothing. Equal weights give 1, 1, 1 and 0.
+    """
+    total, count = sums["head_sum"].sum(), sums["head_count"].sum().clamp(min=1)
+    means = sums["head_sum"] / sums["head_count"].clamp(min=1)
+    found = {f"w_mean_head_{k}": float(m) for k, m in enumerate(means)}
+    found["w_entropy"] = float(sums["entropy"] / sums["positions"].clamp(min=1))
+    found["w_ess"] = float(total.square() / sums["square"].clamp(min=1e-300) / count)
+    found["w_zeros"] = float(sums["zeros"] / count)
+    return found
+
+
+@torch.no_grad()
+def head_excess_sums(ce: Tensor, ref_aligned: Tensor, mask: Tensor) -> Tensor:
+    """`[2, H]` float64: each head's sum of `ce - ref_aligned` over the mask, and its count; adds up over ranks."""
+    excess = _inside(mask, ce.double() - ref_aligned.double())
+    leading = tuple(range(ce.dim() - 1))
+    return torch.stack([excess.sum(leading), mask.double().sum(leading)])
+
+
+def running_mean(mean_h: Tensor, mass_h: Tensor, sums_2h: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Take a step's `head_excess_sums` into an exponential mean; the mean so far is `mean_h / mass_h`.
+
+    `mass_h` is the bias correction `1 - decay^n`, kept per head: a head without a valid entry in a step keeps both.
+    """
+    total_h, count_h = sums_2h
+    seen = count_h > 0
+    step_h = total_h / count_h.clamp(min=1)
+    mean = torch.where(seen, decay * mean_h + (1 - decay) * step_h, mean_h)
+    return mean, torch.where(seen, decay * mass_h + (1 - decay), mass_h)
 
 
 def baseline_mtp(ce: Tensor, mask: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ PLANNED = {  # what the plan names, whether or not this recipe uses it
     "loader": ("standardized-model-loader",),
     "tokenizer": ("hf-sentencepiece", "hf-transformers"),
 }
-TRAINABLE = ("baseline-mtp",)
 GPU_MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "L40S": 48, "A10G": 24, "V100": 32, "T4": 16}
 NO_BF16 = ("V100", "T4", "P100")
 PRESET_GPUS = {"gpu-a100-80g-small": 1, "gpu-a100-80g-medium": 2, "gpu-a100-80g-large": 4}
@@ -252,9 +251,7 @@ def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
                 )
                 continue
             target = registered(table, name)
-            if kind == "trainer" and name not in TRAINABLE:
-                yield Finding(3, OK, f"{kind} {name}", f"registered; its weighting is {NOT_BUILT}")
-            elif target and not defined(target):
+            if target and not defined(target):
                 yield Finding(3, FAIL, f"{kind} {name}", f"stands for {target}, which is not defined there")
             else:
                 yield Finding(3, OK, f"{kind} {name}", target or "registered")
@@ -348,14 +345,8 @@ def check_distributed(pair: Pair) -> Iterator[Finding]:
 
 
 def check_pipeline(pair: Pair, offline: bool) -> Iterator[Finding]:
-    if pair.algo not in TRAINABLE:
-        yield Finding(
-            5,
-            WARN,
-            f"trainer {pair.algo}",
-            f"this version trains {', '.join(TRAINABLE)} only: the weights of {pair.algo} are {NOT_BUILT}",
-            "ALGO=baseline-mtp",
-        )
+    if pair.algo == "critic-wmtp":
+        yield check_discount(pair)
     for part in ("train", "eval"):
         for name in getattr(pair.recipe.data, part).sources:
             yield check_data(name, pair.config.paths.datasets.get(name))
@@ -364,6 +355,17 @@ def check_pipeline(pair: Pair, offline: bool) -> Iterator[Finding]:
     why = "--offline" if offline else NOT_BUILT
     yield Finding(5, NOT, "manifests", why)
     yield Finding(5, NOT, "twin", "TWIN=0" if os.environ.get("TWIN") == "0" else NOT_BUILT)
+
+
+def check_discount(pair: Pair) -> Finding:
+    """A reward at the end of a long row must still be seen at its beginning."""
+    gamma, length = pair.recipe.critic.gamma, pair.recipe.data.train.max_length
+    left = gamma**length
+    subject = "critic.gamma"
+    if left < 0.1:
+        what = f"{gamma} over {length} tokens leaves {left:.1e} of the reward at a row's first token"
+        return Finding(5, WARN, subject, what, "critic.gamma: 1.0")
+    return Finding(5, OK, subject, f"{gamma} over {length} tokens leaves {left:.2g} of the reward")
 
 
 def check_data(name: str, uri: str | None) -> Finding:

@@ -12,10 +12,8 @@ in ``--exit-file``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import datetime
-import errno
 import json
 import math
 import os
@@ -24,71 +22,55 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
-from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError, local_bytes
-from wmtp.data import Batches, DataError, load_tokenizer, pack, read_texts, tokenize
+from wmtp.checkpoint import CheckpointError, Checkpoints, local_bytes
+from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_corpus
+from wmtp.evaluation import held_out_ce
 from wmtp.model import (
-    ModelError,
+    ModelSpec,
     MTPModel,
+    RewardModel,
+    ValueHead,
     export_hf,
     finish_meta,
+    load_reward_state,
     load_state,
     read_spec,
     shard_units,
+    value_head_state,
 )
-from wmtp.objective import make_labels
+from wmtp.objective import weight_statistics
+from wmtp.outcome import (
+    DONE,
+    FAILED,
+    RESUME_ME,
+    BadInput,
+    Progress,
+    Stop,
+    Stopped,
+    claim,
+    failure,
+    keep_traceback,
+    say,
+    write_whole,
+)
 from wmtp.paths import PathResolver
-from wmtp.tracking import Tracker
-
-DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
-
-
-class BadInput(ValueError):
-    """What the person who started the run can mend: exit code 2, no traceback."""
-
-
-class Stop:
-    """Notice to stop: a signal or the end of the hours. The loop reads it after each step, on all ranks together."""
-
-    def __init__(self) -> None:
-        self.cause: str | None = None
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.notice)
-
-    def notice(self, number: int, frame: FrameType | None) -> None:
-        self.cause, self.signal = signal.Signals(number).name, number
-
-
-@dataclass
-class Progress:
-    """What the end of a run, good or bad, has to know of it."""
-
-    step: int = 0
-    cause: str | None = None
-    tracker: Tracker | None = None
-
-
-def say(text: str) -> None:
-    """One line of the story, from rank 0."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
-
+from wmtp.pretrain import pretrain_value_head
+from wmtp.ranks import Place
+from wmtp.scorekey import REFERENCE, kept_name, scorer_of
+from wmtp.scoring import Kept, pseudo_rewards, score_reference, score_rewards, zscored
+from wmtp.step import Weighting, clip, share_of, train_step
+from wmtp.tracking import StepRecord, Tracker
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
@@ -132,11 +114,11 @@ def pick_device(config: settings.Config) -> torch.device:
     return torch.device(wanted)
 
 
-def start_ranks(config: settings.Config, device: torch.device) -> int:
-    """Join the process group if the configuration has one; returns the world size."""
+def start_ranks(config: settings.Config, device: torch.device) -> Place:
+    """Join the process group if the configuration has one."""
     distributed = config.devices.distributed
     if not distributed.enabled:
-        return 1
+        return Place(device, half=config.devices.mixed_precision == "bf16")
     if "WORLD_SIZE" not in os.environ:
         raise BadInput(
             "devices.distributed.enabled: true, but started without ranks; rule: torchrun starts the ranks; "
@@ -150,7 +132,12 @@ def start_ranks(config: settings.Config, device: torch.device) -> int:
         init_method=distributed.init_method,
         timeout=datetime.timedelta(seconds=distributed.timeout),
     )
-    return dist.get_world_size()
+    if dist.get_world_size() > 1 and not config.devices.fsdp.enabled:
+        raise BadInput(
+            f"devices.fsdp.enabled: false with {dist.get_world_size()} ranks; rule: ranks share one model through "
+            "FSDP; next: --set devices.fsdp.enabled=true"
+        )
+    return Place(device, dist.get_world_size(), dist.get_rank())
 
 
 def die_with_parent() -> None:
@@ -167,321 +154,278 @@ def local_path(uri: str, what: str) -> Path:
     if not Path(path).is_dir():
         raise BadInput(
             f"{what}: {path} is not there; rule: models and data are on the disk before training; "
-            "next: scripts/sync_models.sh, or make models for ENV=test"
+            "next: scripts/sync_models.sh, or make train for ENV=test"
         )
     return Path(path)
 
 
-def build_model(
-    config: settings.Config, recipe: settings.Recipe, folder: Path, device: torch.device, world: int
-) -> MTPModel:
-    """meta -> shard -> to_empty -> load: no rank but 0 ever holds the whole model."""
-    spec = read_spec(folder)
-    if spec.heads != recipe.model.heads:
-        raise BadInput(
-            f"model.heads: {recipe.model.heads}, but {folder} has {spec.heads}; rule: heads must be what the "
-            f"checkpoint has; next: --set model.heads={spec.heads}"
-        )
-    with torch.device("meta"):
-        model = MTPModel(spec)
-    model.checkpoint_layers = config.devices.fsdp.activation_ckpt
+def fill(
+    model: MTPModel | RewardModel, state: Callable[[], dict[str, Any]], config: settings.Config, place: Place
+) -> None:
+    """Shard a model that was built on ``meta``, give it memory and weights: no rank but 0 ever holds the whole."""
     fsdp = config.devices.fsdp
-    sharded = fsdp.enabled and dist.is_initialized()
-    if sharded:
+    if fsdp.enabled and dist.is_initialized():
         # A replicated mesh of shards of one is no_shard; full_shard frees the parameters after the forward.
         mesh = (
-            init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))
+            init_device_mesh(place.device.type, (place.world, 1), mesh_dim_names=("replicate", "shard"))
             if fsdp.sharding == "no_shard"
-            else init_device_mesh(device.type, (world,))
+            else init_device_mesh(place.device.type, (place.world,))
         )
         half = torch.bfloat16 if config.devices.mixed_precision == "bf16" else None
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
         for unit in [*(shard_units(model) if fsdp.auto_wrap else []), model]:
-            fully_shard(
-                unit,
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=fsdp.sharding == "full_shard",
-            )
-    elif world > 1:
-        raise BadInput(
-            f"devices.fsdp.enabled: false with {world} ranks; rule: ranks share one model through FSDP; "
-            "next: --set devices.fsdp.enabled=true"
-        )
-    finish_meta(model, device)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    state: dict[str, Any] = {**load_state(folder, spec)} if rank == 0 else {}
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1))
+            # A value is compared with its neighbour's: half precision would drown the difference.
+            dtype = None if isinstance(unit, ValueHead) else half
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=fsdp.sharding == "full_shard")
+    finish_meta(model, place.device)
+    set_model_state_dict(
+        model,
+        state() if place.rank == 0 else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=place.world > 1),
+    )
+
+
+def build_model(
+    config: settings.Config, recipe: settings.Recipe, spec: ModelSpec, folder: Path, weighting: Weighting, place: Place
+) -> MTPModel:
+    """The model that is trained, with its value head where the algorithm needs one."""
+    with torch.device("meta"):
+        model = MTPModel(spec, value_head=weighting.needs_value)
+    model.checkpoint_layers = config.devices.fsdp.activation_ckpt
+    chunk = recipe.loss.chunk_positions
+    model.lm_head.positions = None if isinstance(chunk, str) else chunk
+    fresh = value_head_state(spec) if weighting.needs_value else {}
+    fill(model, lambda: {**load_state(folder, spec), **fresh}, config, place)
+    model.train()
     return model
 
 
-def read_sources(config: settings.Config, sources: tuple[str, ...] | list[str]) -> list[str]:
-    """The texts of the named sources, in their order."""
-    folders = [local_path(config.paths.datasets[name], f"paths.datasets.{name}") for name in sources]
-    return [text for folder in folders for text in read_texts(folder)]
+def load_sets(config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer) -> dict[str, Corpus]:
+    """`train` and, where ``data.eval`` names sources, `eval`. A text that is held out is not trained on."""
 
+    def folders(part: settings.EvalData) -> list[Path]:
+        return [local_path(config.paths.datasets[name], f"paths.datasets.{name}") for name in part.sources]
 
-def load_rows(
-    config: settings.Config, recipe: settings.Recipe, tokenizer: Any, rows_per_step: int
-) -> tuple[Batches, Batches | None]:
-    """Packed rows to train on and, where ``data.eval`` names sources, held-out rows.
-
-    A text that is held out is not trained on, even where a training source has it too.
-    """
-    held = read_sources(config, recipe.data.eval.sources)
-    texts = read_sources(config, recipe.data.train.sources)
-    kept = [text for text in texts if text not in set(held)]
-    if not kept:
+    sets: dict[str, Corpus] = {}
+    if recipe.data.eval.sources:
+        sets["eval"] = read_corpus(folders(recipe.data.eval), (), tokenizer, recipe.data.eval)
+    held = [record.text for record in sets["eval"].records] if "eval" in sets else []
+    sets["train"] = read_corpus(folders(recipe.data.train), held, tokenizer, recipe.data.train)
+    if not sets["train"].records:
         raise BadInput(
             f"data.train.sources: {', '.join(recipe.data.train.sources)}: no text that is not held out; "
             "rule: at least one document to train on; next: look at the folders, or at data.eval.sources"
         )
-    if len(kept) < len(texts):
-        say(f"data      {len(texts) - len(kept)} of {len(texts)} training documents are held out and not trained on")
-
-    def packed(part: Any, some: list[str], size: int) -> Batches:
-        rows = pack(tokenize(some, tokenizer), part.max_length, tokenizer.eos_id, part.pack_sequences)
-        return Batches(rows, size, config.seed)
-
-    train = packed(recipe.data.train, kept, rows_per_step)
-    return train, packed(recipe.data.eval, held, recipe.data.eval.batch_size) if held else None
+    return sets
 
 
-def adamw(model: torch.nn.Module, recipe: settings.Recipe) -> torch.optim.Optimizer:
-    """AdamW; norms and other vectors are not decayed."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+def load_scores(
+    config: settings.Config,
+    recipe: settings.Recipe,
+    tokenizer: Tokenizer,
+    sets: dict[str, Corpus],
+    shelf: Checkpoints,
+    place: Place,
+    stop: Stop,
+) -> dict[str, Tensor]:
+    """What the scorer of the algorithm says of each token, `[N, S]` of each set: kept from before, or made now.
+
+    A reference gives `ref_ce`; a reward model gives z-scored rewards at the documents' last tokens. The scorer's memory
+    is free again afterwards. Empty for an algorithm without a scorer.
+    """
+    scorer = scorer_of(recipe)
+    if scorer is None:
+        return {}
+    uri, what = getattr(config.paths.models, scorer[1]), f"paths.models.{scorer[1]}"
+    named: list[Any] = [None, None]
+    found: list[Any] = [None]
+    if place.rank == 0:
+        manifests = Path(PathResolver().resolve("file:///app/models/.manifests")[1])
+        if not (manifests / f"{Path(uri).name}.json").is_file():
+            local_path(uri, what)
+        named = list(kept_name(config, recipe, manifests))
+        found = [Kept(shelf, named[0]).load()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(named, src=0)
+    kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)
+    rows = {name: corpus.rows for name, corpus in sets.items()}
+    if made:
+        folder = local_path(uri, what)
+        say(f"score     {named[0]} is not kept: {folder.name} reads {sum(len(r) for r in rows.values())} rows")
+        spec, size = read_spec(folder), recipe.data.train.batch_size
+        if scorer[0] == REFERENCE:
+            with torch.device("meta"):
+                reference = MTPModel(spec)
+            fill(reference, lambda: {**load_state(folder, spec)}, config, place)
+            score_reference(reference, rows, kept, size, named[1], place, stop)
+        else:
+            with torch.device("meta"):
+                judge = RewardModel(spec)
+            fill(judge, lambda: {**load_reward_state(folder, spec)}, config, place)
+            score_rewards(judge, sets, tokenizer, recipe.critic.reward_template, kept, size, named[1], place, stop)
+    scores = kept.load()
+    if scores is None:
+        raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
+    say(f"score     {named[0]} {'kept' if made else 'was kept: the scorer is not needed'}")
+    if recipe.train.algo != "critic-wmtp":
+        return scores
+    if scorer[0] == REFERENCE:
+        scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}
+    return zscored(scores, rows)
+
+
+def adamw(model: nn.Module, recipe: settings.Recipe) -> torch.optim.Optimizer:
+    """AdamW; norms and other vectors are not decayed; a value head has its own rate and no decay."""
+    values = [p for n, p in model.named_parameters() if n.startswith("value_head.")]
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("value_head.")]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.optim.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": values, "weight_decay": 0.0, "peak": recipe.critic.value_lr},
+    ]
     first, second = recipe.optim.betas
     return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": recipe.optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        [{"peak": recipe.optim.lr, **group} for group in groups if group["params"]],
         lr=recipe.optim.lr,
         betas=(first, second),
     )
 
 
 def learning_rate(step: int, total: int, recipe: settings.Recipe) -> float:
-    """Rate of step ``step`` (counted from 1) of ``total``: linear warm-up, then the schedule down to 0."""
+    """Share of the peak rate in step ``step`` (counted from 1) of ``total``: linear warm-up, then down to 0."""
     warmup = round(recipe.optim.warmup_ratio * total)
     if step <= warmup:
-        return recipe.optim.lr * step / warmup
+        return step / warmup
     done = (step - warmup) / max(1, total - warmup + 1)
     if recipe.optim.scheduler == "cosine":
-        return recipe.optim.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return recipe.optim.lr * (1 - done) if recipe.optim.scheduler == "linear" else recipe.optim.lr
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if recipe.optim.scheduler == "linear" else 1.0
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------------
-
-
-def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-@torch.no_grad()
-def held_out(
-    model: MTPModel,
-    rows: Batches,
-    recipe: settings.Recipe,
-    device: torch.device,
-    world: int,
-    rank: int,
-) -> list[float]:
-    """Unweighted cross-entropy per head, nats, over the first ``eval.max_batches`` batches of the held-out rows.
-
-    The rows are the same for every number of ranks; a rank that has none left forwards one row without labels,
-    because sharded forwards are collective.
-    """
-    model.eval()
-    size, heads = recipe.data.eval.batch_size, recipe.model.heads
-    wanted = torch.arange(min(len(rows.rows), size * recipe.eval.max_batches))
-    mine = wanted[rank::world]
-    rounds = math.ceil(math.ceil(len(wanted) / world) / size)
-    sums = torch.zeros(2, heads, dtype=torch.float64)
-    for i in range(rounds):
-        indices = mine[i * size : (i + 1) * size]
-        empty = len(indices) == 0
-        x, document, pad = rows.take(wanted[:1] if empty else indices)
-        labels, mask = make_labels(x, heads, document, pad)
-        if empty:
-            mask = torch.zeros_like(mask)
-            labels = torch.full_like(labels, -100)
-        _, ce = model(*(t.to(device) for t in (x, document, labels, mask)), count=mask.sum().clamp(min=1))
-        sums[0] += ce.double().sum(dim=(0, 1)).cpu() if device.type != "mps" else ce.cpu().double().sum((0, 1))
-        sums[1] += mask.double().sum(dim=(0, 1))
-    model.train()
-    sums = all_sum(sums.to(device) if device.type == "cuda" else sums).cpu()
-    return [float(v) for v in sums[0] / sums[1].clamp(min=1)]
-
-
-def train_step(
-    model: MTPModel,
-    rows: Batches,
-    index: int,
-    recipe: settings.Recipe,
-    device: torch.device,
-    world: int,
-    rank: int,
-    autocast: contextlib.AbstractContextManager[Any],
-) -> tuple[torch.Tensor, int]:
-    """Forward and backward of global batch ``index``; returns this rank's share of the loss, and its tokens.
-
-    The loss is a sum over the global batch divided by its count of labels, which every rank knows before its first
-    forward (``design`` of the objective: 1 x 8 and 2 x 2 x 2 give the same gradients).
-    """
-    x, document, pad = rows.take(rows.global_batch(index))
-    labels, mask = make_labels(x, recipe.model.heads, document, pad)
-    count = mask.sum().clamp(min=1)
-    tokens = int((~pad).sum())
-    share = torch.arange(len(x)).chunk(world)[rank]
-    micro = share.split(recipe.data.train.batch_size)
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    for i, take in enumerate(micro):
-        last = i == len(micro) - 1
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-            model.set_is_last_backward(last)
-        with autocast:
-            loss, _ = model(*(t[take].to(device) for t in (x, document, labels, mask)), count=count.to(device))
-        (loss * world).backward()  # FSDP averages over the ranks; the objective is a sum
-        total += loss.detach().float()
-    return total, tokens
+# ---- the run -----------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     """From settings to the last checkpoint. Returns the exit code."""
-    began = time.monotonic()
     config, recipe = settings.load_pair(args.config, args.recipe, args.overrides, env=args.env)
+    stop.max_hours = config.launcher.max_hours
     if args.verbose:
         say(json.dumps(settings.resolved(config, recipe), indent=2))
-    if recipe.train.algo != "baseline-mtp":
-        raise BadInput(
-            f"train.algo: {recipe.train.algo} can't be trained by this version; rule: baseline-mtp is what it has; "
-            "next: ALGO=baseline-mtp"
-        )
     base = local_path(config.paths.models.base, "paths.models.base")
-    name = args.run_name or recipe.run.name
+    name, spec = args.run_name or recipe.run.name, read_spec(base)
+    if spec.heads != recipe.model.heads:
+        raise BadInput(
+            f"model.heads: {recipe.model.heads}, but {base} has {spec.heads}; rule: heads must be what the "
+            f"checkpoint has; next: --set model.heads={spec.heads}"
+        )
     if args.dry_run:
         with torch.device("meta"):
-            model = MTPModel(read_spec(base))
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
+            millions = sum(p.numel() for p in MTPModel(spec).parameters()) / 1e6
         say(f"train     dry run of {name}: {millions:.1f} M parameters, {recipe.model.heads} heads; nothing started")
         return DONE
 
-    device = pick_device(config)
-    world = start_ranks(config, device)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    place = start_ranks(config, pick_device(config))
     torch.manual_seed(config.seed)
-    say(
-        f"train     {name}: {recipe.train.algo}, {world} rank(s) on {device.type}, fsdp "
-        f"{config.devices.fsdp.sharding if config.devices.fsdp.enabled and world > 1 else 'off'}"
-    )
-
-    tokenizer = load_tokenizer(base)
-    rows_per_step = recipe.data.train.batch_size * world * recipe.train.accumulation_steps
-    rows, eval_rows = load_rows(config, recipe, tokenizer, rows_per_step)
-    model = build_model(config, recipe, base, device, world)
-    model.train()
-    optimizer = adamw(model, recipe)
-    total = math.ceil(len(rows.rows) * recipe.train.num_epochs / rows_per_step)
-    total = min(total, recipe.train.max_steps or total)
+    sharding = config.devices.fsdp.sharding if config.devices.fsdp.enabled and place.world > 1 else "off"
+    say(f"train     {name}: {recipe.train.algo}, {place.world} rank(s) on {place.device.type}, fsdp {sharding}")
 
     kind, where = PathResolver().resolve(config.paths.checkpoints.base_path)
-    app = Path(PathResolver().resolve("file:///app")[1])
-    disk = Path(where) if kind == "file" else app / "checkpoints"
-    checkpoints = Checkpoints(
-        disk / name,
-        f"{where.rstrip('/')}/{name}" if kind == "s3" else None,
-        keep_last=config.paths.checkpoints.keep_last,
-        retries=config.storage.retries,
-        concurrency=config.storage.workers,
-        part_mb=config.storage.part_size_mb,
-    )
+    disk = Path(where) if kind == "file" else Path(PathResolver().resolve("file:///app/checkpoints")[1])
+    remote = where.rstrip("/") if kind == "s3" else None
+
+    def checkpoints_at(place_of: str) -> Checkpoints:
+        return Checkpoints(
+            disk / place_of,
+            f"{remote}/{place_of}" if remote else None,
+            keep_last=config.paths.checkpoints.keep_last,
+            retries=config.storage.retries,
+            concurrency=config.storage.workers,
+            part_mb=config.storage.part_size_mb,
+        )
+
+    checkpoints = checkpoints_at(name)
+    weighting = Weighting(recipe)
+    tokenizer = load_tokenizer(base)
+    sets = load_sets(config, recipe, tokenizer)
+    scores = load_scores(config, recipe, tokenizer, sets, checkpoints_at(".scores"), place, stop)
+    rows_per_step = recipe.data.train.batch_size * place.world * recipe.train.accumulation_steps
+    rows = Batches(sets["train"].rows, rows_per_step, config.seed)
+    held = Batches(sets["eval"].rows, recipe.data.eval.batch_size, config.seed) if "eval" in sets else None
+    model = build_model(config, recipe, spec, base, weighting, place)
     # Parameters and Adam's two moments: known now, so not found out at the first save.
     checkpoints.need_room("a checkpoint", 3 * sum(local_bytes(p) for p in model.parameters()))
-    state: dict[str, Any] = {
-        "held_out_before": [],
-        "best": None,
-        "waited": 0,
-        "ended": False,
-        "mlflow_run_id": None,
-    }
-    step = resume(checkpoints, model, optimizer, state, rank)
-    total = step if state["ended"] else total
-    progress.step = step
+    optimizer = adamw(model, recipe)
+    state: dict[str, Any] = {"held_out_before": [], "best": None, "waited": 0, "ended": False, "mlflow_run_id": None}
+    step = progress.step = checkpoints.resume(model, optimizer, state)
+    if step:
+        weighting.load_state_dict(state["weighting"])
+    elif weighting.needs_value and recipe.pretrain.enabled:
+        scored = (held, scores["eval"]) if held else None
+        stage1 = checkpoints_at(f"{name}/pretrain")
+        pretrain_value_head(model, rows, scores["train"], scored, config, recipe, stage1, place, stop)
+        optimizer = adamw(model, recipe)
+    total = math.ceil(len(rows.rows) * recipe.train.num_epochs / rows_per_step)
+    total = step if state["ended"] else min(total, recipe.train.max_steps or total)
     say(
         f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {rows_per_step} a step, {total} steps; "
-        f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - began:.0f} s'}"
+        f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - stop.began:.0f} s'}"
     )
-
-    tracker = None
-    if rank == 0:
-        tracker = progress.tracker = Tracker(
-            PathResolver().resolve_tracking(config.mlflow.tracking_uri),
-            config.mlflow.experiment,
-            name,
-            tags={tag: "true" for tag in args.tags.split(",") if tag},
-            params=flat(settings.resolved(config, recipe)),
-            state_file=checkpoints.folder / "mlflow.json",
-        )
-    if eval_rows and not state["held_out_before"]:
-        state["held_out_before"] = held_out(model, eval_rows, recipe, device, world, rank)
+    tracker = progress.tracker = Tracker(
+        PathResolver().resolve_tracking(config.mlflow.tracking_uri),
+        config.mlflow.experiment,
+        name,
+        tags={tag: "true" for tag in args.tags.split(",") if tag},
+        params=flat(settings.resolved(config, recipe)),
+        state_file=checkpoints.folder / "mlflow.json",
+    )
+    if held and not state["held_out_before"]:
+        state["held_out_before"] = held_out_ce(model, held, recipe, place)
         say(f"held out  before: {mean(state['held_out_before']):.3f}  per head {shown(state['held_out_before'])}")
 
-    half = config.devices.mixed_precision == "bf16" and not dist.is_initialized()
-    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
-    record = reopen(checkpoints.folder / "steps.jsonl", step) if rank == 0 else None
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    record = StepRecord(checkpoints.folder / "steps.jsonl", step) if place.rank == 0 else None
+    trunk = [p for n, p in model.named_parameters() if not n.startswith("value_head.")]
     first, began_steps, tokens_done = step, time.monotonic(), 0
-    early = recipe.train.early_stopping
-    saved = step if step else -1
+    early, saved = recipe.train.early_stopping, step or -1
     while step < total:
         tick = time.monotonic()
+        share = share_of(rows, step, recipe.model.heads, recipe.data.train.batch_size, place, scores.get("train"))
         optimizer.zero_grad(set_to_none=True)
-        loss, tokens = train_step(model, rows, step, recipe, device, world, rank, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), recipe.optim.grad_clip if recipe.optim.grad_clip > 0 else math.inf
-        )
-        if isinstance(norm, torch.distributed.tensor.DTensor):
-            norm = norm.full_tensor()
+        seen = train_step(model, share, weighting, place, stop.cause is not None)
+        norm = clip(trunk, recipe.optim.grad_clip)
+        if model.value_head is not None:
+            clip(model.value_head.parameters(), recipe.optim.grad_clip)
         step += 1
-        hours_over = time.monotonic() - began > (config.launcher.max_hours or math.inf) * 3600
-        seen = all_sum(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause) or hours_over))]))
-        wmtp_loss, grad_norm = float(seen[0]), float(norm)
-        if not (math.isfinite(wmtp_loss) and math.isfinite(grad_norm)):
-            raise RuntimeError(f"step {step}: loss {wmtp_loss}, gradient norm {grad_norm}: not finite")
+        if not (math.isfinite(seen.wmtp_loss) and math.isfinite(norm) and math.isfinite(seen.value_loss)):
+            raise RuntimeError(f"step {step}: loss {seen.wmtp_loss}, gradient norm {norm}: not finite")
         rate = learning_rate(step, total, recipe)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * rate
         optimizer.step()
+        weighting.remember(seen.excess)
         progress.step = step
-        tokens_done += tokens
-        if record and tracker:
-            seconds = time.monotonic() - tick
+        tokens_done += share.tokens
+        if record:
             figures = {
-                "wmtp_loss": wmtp_loss,
-                "grad_norm": grad_norm,
-                "lr": rate,
-                "tokens_per_second": tokens / seconds,
+                "wmtp_loss": seen.wmtp_loss,
+                "grad_norm": norm,
+                "lr": recipe.optim.lr * rate,
+                "tokens_per_second": share.tokens / (time.monotonic() - tick),
+                **({"value_loss": seen.value_loss} if weighting.needs_value else {}),
+                **weight_statistics(seen.weights),
             }
-            record.write(json.dumps({"step": step, **figures}) + "\n")
-            record.flush()
+            record.add(step, figures)
             if step % config.log_interval == 0 or step in (1, total):
                 tracker.log(step, figures)
                 left = (total - step) * (time.monotonic() - began_steps) / (step - first)
                 say(
-                    f"Step {step}/{total}  wmtp_loss {wmtp_loss:.3f}  {figures['tokens_per_second']:.0f} tok/s"
-                    f"  gradient norm {grad_norm:.2f}  {left:.0f} s left"
+                    f"Step {step}/{total}  wmtp_loss {seen.wmtp_loss:.3f}  {figures['tokens_per_second']:.0f} tok/s"
+                    f"  gradient norm {norm:.2f}  {left:.0f} s left"
                 )
-        stopping = float(seen[1]) > 0
-        if eval_rows and step % recipe.eval.interval == 0 and step < total:
-            now = held_out(model, eval_rows, recipe, device, world, rank)
-            if tracker:
-                tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(now)})
+        if held and step % recipe.eval.interval == 0 and step < total:
+            now = held_out_ce(model, held, recipe, place)
+            tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(now)})
             if early.enabled:
                 better = state["best"] is None or mean(now) < state["best"]
                 state["best"] = mean(now) if better else state["best"]
@@ -489,37 +433,33 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
                 if state["waited"] >= early.patience:
                     say(f"train     no lower held-out loss in {early.patience} evaluations: it ends here")
                     total, state["ended"] = step, True
-        if step % config.paths.checkpoints.save_interval == 0 or step == total or stopping:
-            state["mlflow_run_id"] = tracker.run_id if tracker else None
+        if step % config.paths.checkpoints.save_interval == 0 or step == total or seen.stop:
+            state["mlflow_run_id"], state["weighting"] = tracker.run_id, weighting.state_dict()
             checkpoints.save(step, model, optimizer, state)
             saved = step
             say(f"save      step {step}: {checkpoints.folder / f'step-{step}'}")
-        if stopping and step < total:
+        if seen.stop and step < total:
             checkpoints.close()
-            if tracker:
-                tracker.finish("KILLED")
-            progress.cause = stop.cause or "max_hours"
-            say(f"train     stopped after step {step} ({progress.cause}), saved; next: the same command goes on")
-            return RESUME_ME
+            tracker.finish("KILLED")
+            raise Stopped(f"after step {step}")
     train_seconds = time.monotonic() - began_steps
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
-    after = held_out(model, eval_rows, recipe, device, world, rank) if eval_rows else []
+    after = held_out_ce(model, held, recipe, place) if held else []
     if after:
         say(f"held out  after: {mean(after):.3f}  per head {shown(after)}")
+        tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(after)})
     if config.paths.checkpoints.save_final:
-        export(model, read_spec(base), checkpoints, base, rank)
+        export(model, spec, checkpoints, base, place)
     checkpoints.close()
-    if record and tracker:
-        record.close()
-        if after:
-            tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(after)})
-        tracker.finish("FINISHED")
+    tracker.finish("FINISHED")
+    if record and args.summary:
         summary = {
             "run": name,
-            "ranks": world,
-            "fsdp": config.devices.fsdp.sharding if config.devices.fsdp.enabled and world > 1 else "off",
+            "algo": recipe.train.algo,
+            "ranks": place.world,
+            "fsdp": sharding,
             "steps": step,
             "steps_now": step - first,
             "held_out_ce_before": mean(state["held_out_before"]),
@@ -529,48 +469,18 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "tokens_per_second": tokens_done / train_seconds if tokens_done else None,
             "mlflow_run_id": tracker.run_id,
             "checkpoint": f"{checkpoints.remote or checkpoints.folder}/step-{saved}",
-            "seconds_train": time.monotonic() - began,
+            "seconds_train": time.monotonic() - stop.began,
         }
-        if args.summary:
-            write_whole(args.summary, json.dumps(summary, indent=2) + "\n")
-    say(f"train     done: {step} steps, {time.monotonic() - began:.0f} s")
+        write_whole(args.summary, json.dumps(summary, indent=2) + "\n")
+    say(f"train     done: {step} steps, {time.monotonic() - stop.began:.0f} s")
     return DONE
 
 
-def resume(
-    checkpoints: Checkpoints,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    rank: int,
-) -> int:
-    """Load the newest whole checkpoint of this run, from disk or bucket, into everything; returns its step, or 0."""
-    newest = torch.zeros(2, dtype=torch.int64)
-    problem: Exception | None = None
-    if rank == 0:
-        try:
-            checkpoints.fetch_newest()
-        except CheckpointError as error:
-            problem = error
-        steps = checkpoints.steps()
-        newest = torch.tensor([steps[-1] if steps else 0, int(problem is not None)])
-    if int(all_sum(newest)[1]):
-        raise problem or CheckpointError("rank 0 could not read the bucket's checkpoints")
-    step = int(newest[0])
-    if step:
-        state.update(checkpoints.load(step, model, optimizer))
-        state.pop("step")
-        if rank == 0:
-            checkpoints.upload(checkpoints.folder / f"step-{step}")  # a kill may have come before its upload ended
-    return step
-
-
-def export(model: MTPModel, spec: Any, checkpoints: Checkpoints, base: Path, rank: int) -> None:
+def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Path, place: Place) -> None:
     """The trained model as a Hugging Face folder ``final`` beside the checkpoints, and in the bucket. Collective."""
-    whole: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if rank == 0:
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: dict[str, Any] = get_model_state_dict(model, options=options)
+    if place.rank == 0:
         staging, final = checkpoints.folder / ".step-final", checkpoints.folder / "final"
         export_hf(whole, spec, staging, base)
         checkpoints.finish(staging, final)
@@ -596,63 +506,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def reopen(path: Path, step: int) -> TextIO:
-    """The record of steps up to ``step``, open to go on; what a kill left beyond it, or torn, is trained again."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_whole(path, "".join(kept))
-    return path.open("a")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text)
-    staging.replace(path)
-
-
-def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str]:
-    """Exit code, cause and what a person sees of ``error``; the traceback goes to ``log``."""
-    if isinstance(error, settings.ConfigError):
-        return BAD_INPUT, str(error), str(error)
-    if isinstance(error, BadInput | DataError | ModelError):
-        return BAD_INPUT, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
-    system = error.__cause__ if isinstance(error, CheckpointError) else error
-    full = isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR)
-    code = TRANSFER if isinstance(error, TransferError) else DISK if full else FAILED
-    kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-    first = f"read {log}, then " if log and code == FAILED else "mend it, then "
-    return (
-        code,
-        f"rank {rank}: {kind}{error}",
-        f"train     FAIL  rank {rank}: {kind}{error}\n"
-        "              rule  a failed step ends the run; what was saved stays\n"
-        f"              next  {first}start the same command: it goes on from the newest checkpoint",
-    )
-
-
-def claim(path: Path | None, text: str) -> bool:
-    """Write ``path`` unless another rank did: the first to fail knows why, the others see it leave."""
-    if path is None:
-        return True
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(text)
-        path.hardlink_to(staging)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        print(f"train     warn  {path}: {error.strerror}", file=sys.stderr, flush=True)
-    finally:
-        staging.unlink(missing_ok=True)
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     die_with_parent()
@@ -660,20 +513,21 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if args.exit_file and rank == 0:
         args.exit_file.unlink(missing_ok=True)
+    text = ""
     try:
-        code, text = run(args, stop, progress), ""
+        code = run(args, stop, progress)
+    except Stopped as reached:
+        code, progress.cause = RESUME_ME, stop.cause or "another rank's signal"
+        say(f"train     stopped {reached} ({progress.cause}), saved; next: the same command goes on")
     except Exception as error:
         log = args.exit_file.with_name(f"traceback-rank-{rank}.log") if args.exit_file else None
         code, progress.cause, text = failure(error, rank, log)
-        if code == FAILED and log:
-            with contextlib.suppress(OSError):  # a full disk has a message of its own
-                write_whole(log, traceback.format_exc())
+        if code == FAILED:
+            keep_traceback(log)
         if args.verbose or (code == FAILED and not log):
             traceback.print_exc()
-    if rank == 0 or text:
-        ending = {"code": code, "step": progress.step, "cause": progress.cause}
-        if claim(args.exit_file, json.dumps(ending) + "\n") and text:
-            print(text, file=sys.stderr, flush=True)
+    if (rank == 0 or text) and claim(args.exit_file, code, progress) and text:
+        print(text, file=sys.stderr, flush=True)
     if text and progress.tracker:
         progress.tracker.finish("FAILED")
     if dist.is_initialized():

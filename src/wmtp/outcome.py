@@ -1,0 +1,123 @@
+"""How a run ends: notice to stop, exit codes, what a person reads, and the exit file.
+
+torchrun turns its children's codes into 1, so code, cause and step are also in the exit file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from wmtp.checkpoint import CheckpointError, TransferError
+from wmtp.config import ConfigError
+from wmtp.data import DataError
+from wmtp.model import ModelError
+from wmtp.tracking import Tracker
+
+DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
+
+
+class BadInput(ValueError):
+    """What the person who started the run can mend: exit code 2, no traceback."""
+
+
+class Stopped(Exception):  # no error: everything is saved
+    """Raised where a notice to stop was taken before the loop: exit code 75."""
+
+
+class Stop:
+    """Notice to stop: a signal or the end of the hours. It is read between steps, on all ranks together."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.max_hours: float | None = None
+        self.signal: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._notice)
+
+    @property
+    def cause(self) -> str | None:
+        """The name of the signal, ``max_hours``, or None: go on."""
+        if self.signal is None and self.max_hours and time.monotonic() - self.began > self.max_hours * 3600:
+            return "max_hours"
+        return self.signal
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+
+@dataclass
+class Progress:
+    """What the end of a run, good or bad, has to know of it."""
+
+    step: int = 0
+    cause: str | None = None
+    tracker: Tracker | None = None
+
+
+def say(text: str) -> None:
+    """One line of the story, from rank 0."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(text)
+    staging.replace(path)
+
+
+def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str]:
+    """Exit code, cause and what a person sees of ``error``; the traceback goes to ``log``."""
+    if isinstance(error, ConfigError):
+        return BAD_INPUT, str(error), str(error)
+    if isinstance(error, BadInput | DataError | ModelError):
+        return BAD_INPUT, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
+    system = error.__cause__ if isinstance(error, CheckpointError) else error
+    full = isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+    code = TRANSFER if isinstance(error, TransferError) else DISK if full else FAILED
+    kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+    first = f"read {log}, then " if log and code == FAILED else "mend it, then "
+    return (
+        code,
+        f"rank {rank}: {kind}{error}",
+        f"train     FAIL  rank {rank}: {kind}{error}\n"
+        "              rule  a failed step ends the run; what was saved stays\n"
+        f"              next  {first}start the same command: it goes on from the newest checkpoint",
+    )
+
+
+def keep_traceback(log: Path | None) -> None:
+    """Write the traceback of the error at hand, where it can be written: a full disk has a message of its own."""
+    if log:
+        with contextlib.suppress(OSError):
+            write_whole(log, traceback.format_exc())
+
+
+def claim(path: Path | None, code: int, progress: Progress) -> bool:
+    """Write the exit file unless another rank did: the first to fail knows why, the others see it leave."""
+    if path is None:
+        return True
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(json.dumps({"code": code, "step": progress.step, "cause": progress.cause}) + "\n")
+        path.hardlink_to(staging)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        print(f"train     warn  {path}: {error.strerror}", file=sys.stderr, flush=True)
+    finally:
+        staging.unlink(missing_ok=True)
+    return True

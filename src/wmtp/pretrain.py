@@ -1,0 +1,88 @@
+"""Stage 1 of critic-wmtp: the value head learns the return of the reward while the trunk is frozen.
+
+It has its own optimizer, rate and checkpoints (``pretrain/`` beside the run's), and advances nothing that stage 2 reads
+but the value head itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmtp.checkpoint import Checkpoints
+from wmtp.config import Config, Recipe
+from wmtp.data import Batches
+from wmtp.evaluation import held_out_value
+from wmtp.outcome import Stop, Stopped, say
+from wmtp.ranks import Place
+from wmtp.step import clip, last_of, share_of, value_error
+
+
+def pretrain_value_head(
+    model: nn.Module,
+    batches: Batches,
+    score_ns: Tensor,
+    held: tuple[Batches, Tensor] | None,
+    config: Config,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    place: Place,
+    stop: Stop,
+) -> None:
+    """Train ``model.value_head``, going on from its newest checkpoint. Collective.
+
+    ``score_ns`` `[N, S]` holds the reward at each document's last token, ``held`` the held-out rows with theirs. Raises
+    Stopped, everything saved, when a notice to stop came.
+    """
+    began, settings = time.monotonic(), recipe.pretrain
+    head = model.value_head
+    assert isinstance(head, nn.Module)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0)
+    state: dict[str, Any] = {"best": None, "waited": 0, "ended": False}
+    step = checkpoints.resume(head, optimizer, state)
+    total = math.ceil(len(batches.rows) * settings.num_epochs / batches.rows_per_step)
+    total = min(total, settings.max_steps or total)
+    if state["ended"]:
+        say(f"pretrain  the value head was trained before: {step} steps")
+        return
+    say(f"pretrain  the value head learns the reward: {total} steps, {f'goes on after step {step}' if step else 'new'}")
+    early = settings.early_stopping
+    while step < total:
+        share = share_of(batches, step, recipe.model.heads, recipe.data.train.batch_size, place, score_ns)
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=torch.float32, device=place.device)
+        for i, m in enumerate(share.micro):
+            last_of(model, i == len(share.micro) - 1)
+            with place.autocast():
+                value_bs = model(m.x, m.document).value_bs
+            error = value_error(value_bs, m, recipe, share.tokens)
+            (error * place.world).backward()
+            loss += error.detach()
+        clip(head.parameters(), recipe.optim.grad_clip)
+        optimizer.step()
+        step += 1
+        seen = place.total(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause)))]))
+        if not math.isfinite(float(seen[0])):
+            raise RuntimeError(f"stage 1, step {step}: value loss {float(seen[0])}: not finite")
+        if step % config.log_interval == 0 or step in (1, total):
+            say(f"pretrain  step {step}/{total}  value_loss {float(seen[0]):.4f}")
+        if early.enabled and held and step % recipe.eval.interval == 0:
+            now = held_out_value(model, held[0], recipe, place, held[1])
+            better = state["best"] is None or now < state["best"]
+            state["best"] = now if better else state["best"]
+            state["waited"] = 0 if better else state["waited"] + 1
+            say(f"pretrain  held out: value_loss {now:.4f}")
+            if state["waited"] >= early.patience:
+                say(f"pretrain  no lower held-out loss in {early.patience} evaluations: it ends here")
+                total = step
+        state["ended"] = step == total
+        stopping = bool(seen[1])
+        if state["ended"] or stopping or step % config.paths.checkpoints.save_interval == 0:
+            checkpoints.save(step, head, optimizer, state)
+        if stopping:
+            raise Stopped(f"after step {step} of stage 1")
+    say(f"pretrain  done: {step} steps, {time.monotonic() - began:.0f} s")

@@ -1,0 +1,336 @@
+"""Frozen scorers: a reference model's cross-entropies and a reward model's verdicts, made once, kept and reused.
+
+Work is cut into blocks that are always computed together, whoever does it, so that a run that was killed and goes on
+has the same bits; a finished block is a file. Nothing here shards a model or starts ranks: `wmtp.train` hands over a
+model that is ready. Shape letters as in `wmtp.objective`: N rows of a set, S positions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints
+from wmtp.data import Corpus, Piece, Record, Rows, Tokenizer
+from wmtp.model import MTPModel, RewardModel
+from wmtp.objective import make_labels
+from wmtp.outcome import Stop, Stopped, say
+from wmtp.ranks import Place
+
+FORWARDS = 8  # of a block: what a kill costs each rank at most
+TOLD_EVERY_S = 5.0
+
+Block = tuple[str, int, Sequence[int]]
+"""Set, number, and the rows or documents in it."""
+
+
+class Kept:
+    """Scores under their name: on disk in `<checkpoints>/.scores/NAME`, and in the bucket."""
+
+    def __init__(self, shelf: Checkpoints, name: str) -> None:
+        """``shelf`` stands for the folder `.scores`, here and in the bucket."""
+        self.shelf, self.name = shelf, name
+        self.folder, self.parts = shelf.folder / name, shelf.folder / f".{name}.parts"
+
+    def load(self) -> dict[str, Tensor] | None:
+        """`[N, S]` float32 of each set, from disk or bucket; None where they are not kept. Rank 0 only."""
+        if not (self.folder / MARKER).is_file() and self.shelf.remote:
+            self._fetch()
+        if not (self.folder / MARKER).is_file():
+            return None
+        try:
+            return load_file(self.folder / "scores.safetensors")
+        except (OSError, SafetensorError) as error:
+            say(f"score     warn  {self.folder} can't be read ({error}): scored again")
+            return None
+
+    def _fetch(self) -> None:
+        target = f"{self.shelf.remote}/{self.name}"
+        try:
+            self.shelf.s5cmd("ls", f"{target}/{MARKER}")
+        except CheckpointError as error:
+            if "no object found" in str(error):
+                return
+            raise
+        staging = self.shelf.folder / f".step-{self.name}"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.shelf.s5cmd("cp", f"{target}/*", f"{staging}/")
+        self.shelf.finish(staging, self.folder)
+
+    def part(self, block: Block) -> Path:
+        return self.parts / f"{block[0]}-{block[1]}.safetensors"
+
+    def missing(self, blocks: Sequence[Block]) -> list[Block]:
+        """The blocks that no earlier start has finished."""
+        there = {path.name for path in self.parts.glob("*.safetensors")}
+        return [block for block in blocks if self.part(block).name not in there]
+
+    def put(self, block: Block, values: Tensor) -> None:
+        """Keep a block; a file under its name is whole."""
+        staging = self.part(block).with_suffix(f".{os.getpid()}")
+        save_file({"values": values.contiguous()}, staging)
+        with staging.open("rb") as handle:
+            os.fsync(handle.fileno())
+        staging.replace(self.part(block))
+
+    def finish(self, scores: Mapping[str, Tensor], what: Mapping[str, Any]) -> None:
+        """Keep the joined scores, bring them to the bucket, forget the parts. Rank 0 only."""
+        staging = self.shelf.folder / f".step-{self.name}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        save_file({name: values.contiguous() for name, values in scores.items()}, staging / "scores.safetensors")
+        (staging / "made-of.json").write_text(json.dumps(what, indent=1))
+        self.shelf.finish(staging, self.folder)
+        shutil.rmtree(self.parts)
+        self.shelf.upload(self.folder)
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    compute: Callable[[Block | None], Tensor],
+    kept: Kept,
+    what: str,
+    place: Place,
+    stop: Stop,
+) -> None:
+    """Compute every block that is missing, dealt to the ranks. Collective: ``compute(None)`` keeps a rank in step.
+
+    Raises Stopped, the finished blocks kept, when a notice to stop came.
+    """
+    if place.rank == 0:
+        kept.parts.mkdir(parents=True, exist_ok=True)
+    place.wait()
+    missing = kept.missing(blocks)
+    place.wait()  # nobody writes before everybody has looked
+    rounds = -(-len(missing) // place.world)
+    if len(missing) < len(blocks):
+        say(f"score     {what}: {len(blocks) - len(missing)} of {len(blocks)} blocks were done before")
+    began = told = time.monotonic()
+    for turn in range(rounds):
+        number = turn * place.world + place.rank
+        block = missing[number] if number < len(missing) else None
+        values = compute(block)
+        if block:
+            kept.put(block, values)
+        if place.any(stop.cause):
+            raise Stopped("while scoring")
+        if time.monotonic() - told > TOLD_EVERY_S:
+            told = time.monotonic()
+            left = (told - began) / (turn + 1) * (rounds - turn - 1)
+            say(f"score     {what}: {100 * (turn + 1) // rounds} %, {left:.0f} s left")
+    place.wait()
+
+
+def blocks_of(sets: Mapping[str, int], size: int) -> Iterator[Block]:
+    """Every set's indices in blocks of ``size``."""
+    for name, count in sets.items():
+        for number, start in enumerate(range(0, count, size)):
+            yield name, number, range(start, min(start + size, count))
+
+
+def score_reference(
+    model: MTPModel,
+    sets: Mapping[str, Rows],
+    kept: Kept,
+    rows: int,
+    what: Mapping[str, Any],
+    place: Place,
+    stop: Stop,
+) -> None:
+    """`ref_ce` `[N, S]` float32 of each set: nats of token `j` given its document before it; else 0. Collective.
+
+    ``model`` is an `MTPModel` with any number of heads, of which head 0 speaks; ``rows`` go through it at once.
+    """
+    heads = model.spec.heads
+
+    @torch.no_grad()
+    def compute(block: Block | None) -> Tensor:
+        part = sets[block[0]] if block else next(iter(sets.values()))
+        indices = list(block[2]) if block else [0]
+        # Every block has the same number of forwards of the same size: sharded forwards are collective.
+        filled = indices + [indices[0]] * (rows * FORWARDS - len(indices))
+        found = []
+        for at in range(0, len(filled), rows):
+            take = torch.tensor(filled[at : at + rows])
+            x, document, pad = part.x[take], part.document[take], part.pad[take]
+            labels, mask = make_labels(x, heads, document, pad)
+            mask[:, :, 1:] = False
+            with place.autocast():
+                out = model(*(t.to(place.device) for t in (x, document, labels, mask)), 1)
+            ce_bs = out.ce_bsh[:, :, 0].cpu()
+            found.append(torch.nn.functional.pad(ce_bs[:, :-1], (1, 0)))  # head 0 at j-1 speaks of token j
+        return torch.cat(found)[: len(indices)]
+
+    blocks = list(blocks_of({name: len(part) for name, part in sets.items()}, rows * FORWARDS))
+    model.eval()
+    run_blocks(blocks, compute, kept, "reference", place, stop)
+    if place.rank == 0:
+        joined: dict[str, list[Tensor]] = {name: [] for name in sets}
+        for block in blocks:
+            joined[block[0]].append(load_file(kept.part(block))["values"])
+        kept.finish({name: torch.cat(parts) for name, parts in joined.items()}, what)
+    place.wait()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A document as the reward model reads it, and where its verdict belongs."""
+
+    ids: list[int]
+    row: int
+    last: int
+    """Position of the document's last token in its row."""
+
+
+def judged_documents(corpus: Corpus, tokenizer: Tokenizer, template: str, most: int) -> list[Judged]:
+    """Every packed document of a corpus, rendered for a reward model of ``most`` positions."""
+    rows, found, cut = corpus.rows, [], 0
+    for n, pieces in enumerate(rows.pieces):
+        at = 0
+        for piece in pieces:
+            record = corpus.records[piece.source]
+            part = None if piece.whole else _decoded(rows.x[n, at : at + piece.length].tolist(), piece, tokenizer)
+            ids = rendered(template, record, part, tokenizer)
+            if len(ids) > most:
+                cut += 1
+                ids = [ids[0], *ids[len(ids) - most + 1 :]]  # its end carries the verdict
+            at += piece.length
+            found.append(Judged(ids, n, at - 1))
+    if cut:
+        say(f"score     warn  {cut} of {len(found)} documents are longer than the reward model's {most} positions: cut")
+    return found
+
+
+def _decoded(ids: list[int], piece: Piece, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([i for i in ids if i not in (tokenizer.bos_id, tokenizer.eos_id)])
+
+
+def rendered(template: str, record: Record, part: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids of `critic.reward_template` for a record, or for ``part`` of its text.
+
+    `<s>` and `</s>` are the template's special tokens; what a field brings in is text, whatever it looks like. A
+    beginning is added where the template has none.
+    """
+    fields = {"prompt": record.prompt, "solution": record.solution, "text": record.text}
+    if part is not None:
+        fields |= {"text": part, "solution": part.removeprefix(record.prompt).removeprefix("\n")}
+    ids: list[int] = []
+    text = ""
+
+    def flush() -> None:
+        nonlocal text
+        ids.extend(tokenizer.encode(text) if text else [])
+        text = ""
+
+    for word in re.split(r"(<s>|</s>|\{(?:prompt|solution|text)\})", template):
+        if word in ("<s>", "</s>"):
+            flush()
+            ids.append(tokenizer.bos_id if word == "<s>" else tokenizer.eos_id)
+        elif word[:1] == "{" and word[1:-1] in fields:
+            text += fields[word[1:-1]]
+        else:
+            text += word
+    flush()
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def score_rewards(
+    model: RewardModel,
+    sets: Mapping[str, Corpus],
+    tokenizer: Tokenizer,
+    template: str,
+    kept: Kept,
+    rows: int,
+    what: Mapping[str, Any],
+    place: Place,
+    stop: Stop,
+) -> None:
+    """The raw reward at each document's last token, 0 elsewhere, `[N, S]` float32 of each set. Collective."""
+    most = model.spec.max_positions
+    documents = {name: judged_documents(corpus, tokenizer, template, most) for name, corpus in sets.items()}
+    # Like lengths together: less padding. The order is a function of the documents alone.
+    orders = {
+        name: sorted(range(len(some)), key=lambda i, some=some: (len(some[i].ids), i))  # type: ignore[misc]
+        for name, some in documents.items()
+    }
+
+    @torch.no_grad()
+    def compute(block: Block | None) -> Tensor:
+        ids = [documents[block[0]][orders[block[0]][i]].ids for i in block[2]] if block else [[tokenizer.bos_id]]
+        filled = ids + [ids[0]] * (rows * FORWARDS - len(ids))
+        found = []
+        for at in range(0, len(filled), rows):
+            some = filled[at : at + rows]
+            x = torch.full((rows, max(map(len, some))), tokenizer.eos_id)
+            document = torch.full_like(x, -1)
+            for i, one in enumerate(some):
+                x[i, : len(one)] = torch.tensor(one)
+                document[i, : len(one)] = 0
+            last = torch.tensor([len(one) - 1 for one in some])
+            with place.autocast():
+                found.append(model(*(t.to(place.device) for t in (x, document, last))).float().cpu())
+        return torch.cat(found)[: len(ids)]
+
+    blocks = list(blocks_of({name: len(some) for name, some in documents.items()}, rows * FORWARDS))
+    model.eval()
+    run_blocks(blocks, compute, kept, "rewards", place, stop)
+    if place.rank == 0:
+        scores = {name: torch.zeros(corpus.rows.x.shape) for name, corpus in sets.items()}
+        for block in blocks:
+            for i, value in zip(block[2], load_file(kept.part(block))["values"], strict=True):
+                document = documents[block[0]][orders[block[0]][i]]
+                scores[block[0]][document.row, document.last] = value
+        kept.finish(scores, what)
+    place.wait()
+
+
+def last_tokens(rows: Rows) -> Tensor:
+    """`[N, S]` bool: where a document ends."""
+    ends = torch.ones_like(rows.pad)
+    ends[:, :-1] = rows.document[:, :-1] != rows.document[:, 1:]
+    return ends & ~rows.pad
+
+
+def pseudo_rewards(ref_ce: Tensor, rows: Rows) -> Tensor:
+    """`R = -mean_j ref_ce[j]` of each document at its last token, `[N, S]`; a document of one token gets 0.
+
+    The first token of a document is predicted by nobody and is not in the mean.
+    """
+    reward = torch.zeros_like(ref_ce)
+    for n, pieces in enumerate(rows.pieces):
+        at = 0
+        for piece in pieces:
+            if piece.length > 1:
+                reward[n, at + piece.length - 1] = -ref_ce[n, at + 1 : at + piece.length].mean()
+            at += piece.length
+    return reward
+
+
+def zscored(rewards: Mapping[str, Tensor], sets: Mapping[str, Rows]) -> dict[str, Tensor]:
+    """Rewards less the training set's mean, over its (population) deviation, at each document's last token.
+
+    A deviation of 0 gives 0 everywhere and a warning: such rewards tell nothing.
+    """
+    ends = {name: last_tokens(rows) for name, rows in sets.items()}
+    known = rewards["train"][ends["train"]].double()
+    mean, deviation = known.mean(), known.std(correction=0)
+    if not deviation > 1e-12 * known.abs().max().clamp(min=1):
+        say(f"score     warn  all {len(known)} rewards are {float(mean):.4g}: they tell nothing, so every weight is 1")
+        return {name: torch.zeros_like(values) for name, values in rewards.items()}
+    say(f"score     rewards of {len(known)} documents: mean {float(mean):.4g}, deviation {float(deviation):.4g}")
+    return {
+        name: torch.where(ends[name], (values.double() - mean) / deviation, 0).float()
+        for name, values in rewards.items()
+    }

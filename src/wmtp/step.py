@@ -1,0 +1,264 @@
+"""One optimizer step: its micro-batches, the weights of the algorithm, forward and backward.
+
+An algorithm is a function of `wmtp.objective` named in the registry: `rule(ce, mask, *, …) -> w`. Its keyword names say
+what it needs: `ref_aligned` the scores of a reference model, `delta_aligned` a value head and rewards, `head_mean` the
+running means; every other keyword is a setting of the recipe. Shape letters as in `wmtp.objective`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from wmtp.config import Recipe
+from wmtp.data import Batches
+from wmtp.model import Weighing
+from wmtp.objective import (
+    align_next,
+    baseline_mtp,
+    excess_score,
+    gae_targets,
+    head_excess_sums,
+    make_labels,
+    running_mean,
+    token_skip_weights,
+    weight_sums,
+)
+from wmtp.ranks import Place
+from wmtp.registry import trainer_registry
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Rows that go through the model together, on its device."""
+
+    x: Tensor
+    """`[B, S]` int64; so are `document` and, bool, `pad`."""
+    document: Tensor
+    pad: Tensor
+    labels: Tensor
+    """`[B, S, H]` int64; so is, bool, `mask`."""
+    mask: Tensor
+    score: Tensor | None
+    """`[B, S]` float32: `ref_ce` of each token, or the reward at each document's last token; None without a scorer."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank does of a global batch, and the counts of the whole."""
+
+    micro: list[Micro]
+    count: Tensor
+    """int64: valid labels of the global batch, at least 1."""
+    tokens: int
+    """Unpadded tokens of the global batch."""
+
+
+def micro_of(batches: Batches, indices: Tensor, heads: int, place: Place, score_ns: Tensor | None = None) -> Micro:
+    """The rows ``indices`` on this rank's device; ``score_ns`` is `[N, S]`, of all rows."""
+    x, document, pad = batches.take(indices)
+    labels, mask = make_labels(x, heads, document, pad)
+    x, document, pad, labels, mask = (t.to(place.device) for t in (x, document, pad, labels, mask))
+    return Micro(x, document, pad, labels, mask, None if score_ns is None else score_ns[indices].to(place.device))
+
+
+def share_of(
+    batches: Batches, index: int, heads: int, rows: int, place: Place, score_ns: Tensor | None = None
+) -> Share:
+    """This rank's part of global batch ``index``, in micro-batches of ``rows``."""
+    indices = batches.global_batch(index)
+    x, document, pad = batches.take(indices)
+    mask = make_labels(x, heads, document, pad)[1]
+    takes = indices.chunk(place.world)[place.rank].split(rows)
+    micro = [micro_of(batches, take, heads, place, score_ns) for take in takes]
+    return Share(micro, mask.sum().clamp(min=1), int((~pad).sum()))
+
+
+class Weighting:
+    """An algorithm bound to its recipe, with what it remembers from step to step."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        rule = trainer_registry.load(recipe.train.algo)
+        keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        settings = {
+            "temperature": recipe.loss.weight_temperature,
+            "epsilon": recipe.loss.epsilon,
+            "max_weight": recipe.loss.max_weight,
+            "mix": recipe.loss.lambda_,
+            "min_ce_diff": recipe.rho1.min_ce_diff,
+        }
+        self.needs_reference = "ref_aligned" in keywords
+        self.needs_value = "delta_aligned" in keywords
+        self.centred = "head_mean" in keywords and recipe.rho1.center == "head"
+        self.skips = self.needs_reference and recipe.rho1.selection_mode == "token_skip"
+        self.recipe, self.heads = recipe, recipe.model.heads
+        self._rule = partial(rule, **{name: value for name, value in settings.items() if name in keywords})
+        self._takes_mean = "head_mean" in keywords
+        self.mean_h = torch.zeros(self.heads, dtype=torch.float64)
+        self.mass_h = torch.zeros(self.heads, dtype=torch.float64)
+
+    @property
+    def unweighted(self) -> bool:
+        """Nothing to centre with yet: the first step."""
+        return self.centred and not bool(self.mass_h.any())
+
+    def head_mean(self, device: torch.device) -> Tensor | None:
+        """`[H]` float32: the running mean of each head's excess; 0 for a head that has none."""
+        if not self.centred:
+            return None
+        return (self.mean_h / self.mass_h.clamp(min=1e-300)).float().to(device)
+
+    def weighing(self, micro: Micro, fixed: Tensor | None = None) -> Weighing:
+        """What the model's loss needs to weigh ``micro``; ``fixed`` are weights that were chosen before."""
+        if fixed is not None:
+            return Weighing(_as_given, {"given": fixed})
+        if self.unweighted:
+            return Weighing(baseline_mtp)
+        rule = self._rule
+        if self._takes_mean:
+            rule = partial(rule, head_mean=self.head_mean(micro.x.device))
+        if self.needs_reference:
+            assert micro.score is not None
+            return Weighing(rule, {"ref_aligned": align_next(micro.score, self.heads)})
+        return Weighing(rule, discount_lambda=self.recipe.critic.discount_lambda if self.needs_value else None)
+
+    def skip_weights(self, micro: list[Micro], ce: list[Tensor], place: Place) -> list[Tensor]:
+        """`token_skip`: weights of this rank's micro-batches from the scores of the global batch. Collective."""
+        mean = self.head_mean(place.device)
+        aligned = [align_next(m.score, self.heads) for m in micro if m.score is not None]
+        least = self.recipe.rho1.min_ce_diff
+        scores = [excess_score(c, a, head_mean=mean, min_ce_diff=least) for c, a in zip(ce, aligned, strict=True)]
+        w = token_skip_weights(
+            torch.cat(scores),
+            torch.cat([m.mask for m in micro]),
+            skip_percentile=self.recipe.rho1.skip_threshold_percentile,
+            mix=self.recipe.loss.lambda_,
+            group=place.group,
+        )
+        return list(w.split([len(m.x) for m in micro]))
+
+    def excess_sums(self, micro: Micro, ce: Tensor) -> Tensor:
+        """`[2, H]` float64: sums and counts of the excess, for `remember`; zeros where nothing is centred."""
+        if not self.centred or micro.score is None:
+            return torch.zeros(2, self.heads, dtype=torch.float64)
+        return head_excess_sums(_wide(ce), align_next(_wide(micro.score), self.heads), micro.mask.to(_wide(ce).device))
+
+    def remember(self, sums: Tensor) -> None:
+        """Take in the excess of a step, `[2, H]` over the global batch."""
+        if self.centred:
+            decay = self.recipe.rho1.center_decay
+            self.mean_h, self.mass_h = running_mean(self.mean_h, self.mass_h, sums, decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON keeps it exactly."""
+        return {"mean": self.mean_h.tolist(), "mass": self.mass_h.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.mean_h = torch.tensor(state["mean"], dtype=torch.float64)
+        self.mass_h = torch.tensor(state["mass"], dtype=torch.float64)
+
+
+def _as_given(ce: Tensor, mask: Tensor, *, given: Tensor) -> Tensor:
+    return given
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Somewhere that has float64: MPS has none."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's forwards gave, over the global batch once `reduced`."""
+
+    wmtp_loss: float
+    value_loss: float
+    weights: dict[str, Tensor]
+    """Sums for `objective.weight_statistics`."""
+    excess: Tensor
+    """`[2, H]`, for `Weighting.remember`."""
+    stop: bool
+
+
+def value_error(value_bs: Tensor, micro: Micro, recipe: Recipe, tokens: int) -> Tensor:
+    """Mean squared error of the value head over the unpadded tokens of the global batch (this rank's share of it)."""
+    assert micro.score is not None
+    target_bs = gae_targets(
+        micro.score,
+        value_bs,
+        micro.document,
+        micro.pad,
+        gamma=recipe.critic.gamma,
+        gae_lambda=recipe.critic.gae_lambda,
+    )
+    return (value_bs - target_bs).square().masked_fill(micro.pad, 0).sum() / max(tokens, 1)
+
+
+def last_of(model: nn.Module, last: bool) -> None:
+    """Whether gradients go over the ranks with the backward that follows."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """Scale gradients to a norm of at most ``most`` (0: leave them); returns the norm before. Collective."""
+    norm = nn.utils.clip_grad_norm_(parameters, most if most > 0 else math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def train_step(model: nn.Module, share: Share, weighting: Weighting, place: Place, stop: bool) -> StepResult:
+    """Forward and backward of one global batch; the gradients are those of `L` (and of the value head's loss).
+
+    Every rank calls, with its share; ``stop`` travels with the sums, so that all ranks stop after the same step.
+    """
+    recipe, count = weighting.recipe, share.count.to(place.device)
+    fixed: list[Tensor | None] = [None] * len(share.micro)
+    if weighting.skips and not weighting.unweighted:
+        with torch.no_grad(), place.autocast():
+            ce = [model(m.x, m.document, m.labels, m.mask, count).ce_bsh for m in share.micro]
+        fixed = [*weighting.skip_weights(share.micro, ce, place)]
+    losses = torch.zeros(2, dtype=torch.float32, device=place.device)
+    sums: dict[str, Tensor] = {}
+    excess = torch.zeros(2, weighting.heads, dtype=torch.float64)
+    for i, m in enumerate(share.micro):
+        last_of(model, i == len(share.micro) - 1)
+        with place.autocast():
+            out = model(m.x, m.document, m.labels, m.mask, count, weighing=weighting.weighing(m, fixed[i]))
+        loss = out.loss
+        losses[0] += loss.detach()
+        if weighting.needs_value:
+            error = value_error(out.value_bs, m, recipe, share.tokens)
+            losses[1] += error.detach()
+            loss = loss + recipe.critic.auxiliary_loss_coef * error
+        (loss * place.world).backward()  # FSDP averages over the ranks; the objective is a sum
+        for name, part in weight_sums(_wide(out.w_bsh), m.mask.to(_wide(out.w_bsh).device)).items():
+            sums[name] = sums[name] + part if name in sums else part
+        excess = excess + weighting.excess_sums(m, out.ce_bsh).to(excess.device)
+    # One sum over the ranks for everything.
+    flat = torch.cat(
+        [losses.double().cpu() if place.device.type != "mps" else losses.cpu().double(), torch.tensor([float(stop)])]
+        + [excess.flatten().cpu()]
+        + [s.double().flatten().cpu() for s in sums.values()]
+    )
+    flat = place.total(flat)
+    at = 3 + excess.numel()
+    for name, part in sums.items():
+        sums[name] = flat[at : at + part.numel()].view(part.shape)
+        at += part.numel()
+    return StepResult(
+        wmtp_loss=float(flat[0]),
+        value_loss=float(flat[1]),
+        weights=sums,
+        excess=flat[3 : 3 + excess.numel()].view(2, -1),
+        stop=bool(flat[2]),
+    )

@@ -1,0 +1,124 @@
+"""Training runs for the tests, without paying torch's import for each: ranks are forked from a server that has it.
+
+The server never builds a model, so that a rank is as fresh as a new process. Real gloo, real kills.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs/config.local_minitest.yaml"
+
+
+def server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wmtp.train", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"])
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _rank(rank: int, world: int, port: int, app: str, run: str, argv: list[str]) -> None:
+    os.environ |= {"WMTP_APP_ROOT": app, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if world > 1:
+        os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    log = os.open(f"{app}/{run}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 2)
+    import torch
+
+    from wmtp.train import main
+
+    torch.set_num_threads(1)
+    code = main(argv)
+    sys.stderr.flush()
+    os._exit(code)  # as a rank ends: without waiting for threads of the libraries
+
+
+class Run:
+    """``wmtp.train`` on ``world`` ranks under one run name; `log` is rank 0's standard error of all its starts."""
+
+    def __init__(
+        self, app: Path, algorithm: str, run: str, *sets: str, world: int = 2, into: str = "checkpoints"
+    ) -> None:
+        self.app, self.run, self.world, self.base = app, run, world, app / into
+        self.folder = self.base / run
+        name = algorithm.replace("-", "_")
+        sets = (
+            "data.train.max_length=32",  # the vocabulary-wide work is what costs
+            "data.eval.max_length=32",
+            f"paths.checkpoints.base_path=file://{self.base}",
+            "paths.checkpoints.keep_last=9",
+            *(("launcher.resources.gpus=1", "devices.distributed.enabled=false") if world == 1 else ()),
+            *(("devices.fsdp.enabled=false",) if world == 1 else ()),
+            *sets,
+        )
+        self.argv = ["--config", str(CONFIG), "--recipe", str(ROOT / f"tests/configs/recipe.{name}.yaml")]
+        self.argv += ["--run-name", run, "--env", "minitest", "--exit-file", f"{app}/{run}-exit.json"]
+        self.argv += ["--summary", f"{app}/{run}.json", *(a for s in sets for a in ("--set", s))]
+        self.ranks: list[BaseProcess] = []
+
+    def start(self) -> Run:
+        port = free_port()
+        arguments = (self.world, port, str(self.app), self.run, self.argv)
+        self.ranks = [server().Process(target=_rank, args=(rank, *arguments)) for rank in range(self.world)]
+        for rank in self.ranks:
+            rank.start()
+        return self
+
+    def wait(self, seconds: float = 120) -> int:
+        """Rank 0's exit code, once all have ended."""
+        for rank in self.ranks:
+            rank.join(seconds)
+        if any(rank.is_alive() for rank in self.ranks):
+            self.kill()
+            raise TimeoutError(f"{self.run} did not end in {seconds} s:\n{self.log()[-3000:]}")
+        return self.ranks[0].exitcode or 0
+
+    def whole(self) -> Run:
+        """Start, and end with 0."""
+        code = self.start().wait()
+        assert code == 0, self.log()[-3000:]
+        return self
+
+    def log(self) -> str:
+        path = self.app / f"{self.run}-0.log"
+        return path.read_text() if path.exists() else ""
+
+    def until(self, text: str, times: int = 1, seconds: float = 120) -> None:
+        """Wait for ``text`` to stand in the log ``times`` times."""
+        deadline = time.monotonic() + seconds
+        while self.log().count(text) < times:
+            if time.monotonic() > deadline or not any(rank.is_alive() for rank in self.ranks):
+                raise TimeoutError(f"{self.run}: no {text!r} in its log:\n{self.log()[-3000:]}")
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """kill -9, all ranks."""
+        for rank in self.ranks:
+            if rank.pid and rank.is_alive():
+                os.kill(rank.pid, signal.SIGKILL)
+        for rank in self.ranks:
+            rank.join()
+
+    def losses(self) -> dict[int, str]:
+        """Loss of each step as a hexadecimal float."""
+        lines = (self.folder / "steps.jsonl").read_text().splitlines()
+        return {r["step"]: float(r["wmtp_loss"]).hex() for r in map(json.loads, lines)}
+
+    def records(self) -> list[dict[str, float]]:
+        lines = (self.folder / "steps.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,220 @@
+"""One optimizer step: the same loss and gradients however the global batch is dealt out."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from wmtp.config import Recipe, load_recipe
+from wmtp.data import Batches, Rows, pack
+from wmtp.model import ModelSpec, MTPModel, shard_units
+from wmtp.objective import make_labels
+from wmtp.ranks import Place
+from wmtp.step import StepResult, Weighting, clip, share_of, train_step
+
+ROOT = Path(__file__).parent.parent
+SPEC = ModelSpec("hf", 4, 32, 1, 4, 4, 64, 97)
+LENGTH, ROWS = 24, 8
+CPU = Place(torch.device("cpu"))
+ALGORITHMS: dict[str, tuple[str, list[str]]] = {
+    "baseline": ("baseline_mtp", []),
+    "rho1": ("rho1_wmtp", []),
+    "rho1 raw": ("rho1_wmtp", ["rho1.center=none"]),
+    "token_skip": ("rho1_wmtp", ["rho1.selection_mode=token_skip"]),
+    "critic": ("critic_wmtp", []),
+}
+# ranks x rows of a micro-batch x accumulation steps
+LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "2x2x2": (2, 2), "1x2x4": (1, 2)}
+
+
+def recipe_of(algorithm: str, *sets: str) -> Recipe:
+    name, own = ALGORITHMS[algorithm]
+    return load_recipe(ROOT / f"tests/configs/recipe.{name}.yaml", [*own, *sets, "loss.lambda=0.7"])
+
+
+def rows_of(barren: bool) -> Batches:
+    """Uneven packed documents; ``barren``: the rows that a second rank gets have documents of one token, no label."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, SPEC.vocab_size, (n,), generator=generator).tolist()
+
+    packed = [
+        pack([tokens(n) for n in sizes], LENGTH, 2, True)
+        for sizes in ([24], [1, 23], [3, 2, 9], [15], [7, 7, 7], [2, 20], [4, 4, 4, 4, 4, 4], [11])
+    ]
+    rows = Rows(
+        torch.cat([p.x for p in packed]), torch.cat([p.document for p in packed]), torch.cat([p.pad for p in packed])
+    )
+    batches = Batches(rows, ROWS, seed=3)
+    if barren:
+        second = batches.global_batch(0)[ROWS // 2 :]
+        rows.document[second] = torch.arange(LENGTH)
+        rows.pad[second] = torch.arange(LENGTH) > 5
+    return batches
+
+
+def lively_model(recipe: Recipe) -> MTPModel:
+    torch.manual_seed(7)
+    model = MTPModel(SPEC, value_head=recipe.train.algo == "critic-wmtp")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.train()
+
+
+def weighting_of(recipe: Recipe) -> Weighting:
+    """In the midst of a run: the first step is unweighted."""
+    weighting = Weighting(recipe)
+    weighting.mean_h = torch.tensor([0.1, 0.2, -0.1, 0.3], dtype=torch.float64)
+    weighting.mass_h = torch.full((4,), 0.5, dtype=torch.float64)
+    return weighting
+
+
+def scores_of(recipe: Recipe, batches: Batches) -> Tensor | None:
+    if recipe.train.algo == "baseline-mtp":
+        return None
+    drawn = torch.randn(ROWS, LENGTH, generator=torch.Generator().manual_seed(11))
+    if recipe.train.algo == "rho1-wmtp":
+        return drawn + 5
+    document = batches.rows.document
+    last = torch.ones_like(document, dtype=torch.bool)
+    last[:, :-1] = document[:, :-1] != document[:, 1:]
+    return drawn * (last & ~batches.rows.pad)
+
+
+def step_of(model: Any, algorithm: str, barren: bool, place: Place, rows: int) -> StepResult:
+    recipe, batches = recipe_of(algorithm), rows_of(barren)
+    share = share_of(batches, 0, SPEC.heads, rows, place, scores_of(recipe, batches))
+    return train_step(model, share, weighting_of(recipe), place, stop=False)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        found[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return found
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    place = Place(torch.device("cpu"), 2, rank)
+    mesh = init_device_mesh("cpu", (2,))
+    for algorithm in ALGORITHMS:
+        for layout, (world, rows) in LAYOUTS.items():
+            for barren in (False, True):
+                if world == 1:
+                    continue
+                model = lively_model(recipe_of(algorithm))
+                for unit in [*shard_units(model), model]:
+                    fully_shard(unit, mesh=mesh)
+                seen = step_of(model, algorithm, barren, place, rows)
+                found = gradients(model)
+                if rank == 0:
+                    kept = {"seen": vars(seen), "grads": found}
+                    torch.save(kept, f"{folder}/{algorithm}-{layout}-{barren}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(rank_main, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("barren", [False, True], ids=["all rows", "a rank without a label"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1x8"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_step_is_the_same_however_it_is_dealt_out(algorithm: str, layout: str, barren: bool, two_ranks: Path) -> None:
+    model = lively_model(recipe_of(algorithm))
+    whole = step_of(model, algorithm, barren, CPU, ROWS)
+    expected = gradients(model)
+    world, rows = LAYOUTS[layout]
+    if world == 1:
+        other = lively_model(recipe_of(algorithm))
+        seen, found = vars(step_of(other, algorithm, barren, CPU, rows)), gradients(other)
+    else:
+        kept = torch.load(two_ranks / f"{algorithm}-{layout}-{barren}.pt", weights_only=True)
+        seen, found = kept["seen"], kept["grads"]
+    assert seen["wmtp_loss"] == pytest.approx(whole.wmtp_loss, rel=1e-5)
+    assert seen["value_loss"] == pytest.approx(whole.value_loss, rel=1e-5)
+    torch.testing.assert_close(seen["excess"], whole.excess, rtol=1e-5, atol=1e-6)
+    for name, sums in whole.weights.items():
+        torch.testing.assert_close(seen["weights"][name], sums, rtol=1e-5, atol=1e-6)
+    for name, grad in expected.items():
+        assert grad.norm() > 0, name
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_the_gradient_is_that_of_the_objective() -> None:
+    """baseline: the plain mean over valid labels of the naive cross-entropy."""
+    model, batches = lively_model(recipe_of("baseline")), rows_of(False)
+    step_of(model, "baseline", False, CPU, ROWS)
+    found = gradients(model)
+    model.zero_grad()
+    x, document, pad = batches.take(batches.global_batch(0))
+    labels, mask = make_labels(x, SPEC.heads, document, pad)
+    logits = model.lm_head.logits(model.hidden(x, document))
+    torch.nn.functional.cross_entropy(logits[mask], labels[mask]).backward()
+    for name, grad in gradients(model).items():
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "baseline"])
+def test_with_lambda_zero_the_trunk_gets_the_baseline_s_gradient_bit_for_bit(algorithm: str) -> None:
+    plain = lively_model(recipe_of("critic"))
+    weighted = lively_model(recipe_of("critic"))
+    batches = rows_of(False)
+    baseline, recipe = recipe_of("baseline"), recipe_of(algorithm)
+    recipe = load_recipe(
+        ROOT / f"tests/configs/recipe.{ALGORITHMS[algorithm][0]}.yaml", [*ALGORITHMS[algorithm][1], "loss.lambda=0"]
+    )
+    train_step(plain, share_of(batches, 0, 4, 2, CPU), Weighting(baseline), CPU, stop=False)
+    share = share_of(batches, 0, 4, 2, CPU, scores_of(recipe, batches))
+    train_step(weighted, share, weighting_of(recipe), CPU, stop=False)
+    for (name, p), q in zip(plain.named_parameters(), weighted.parameters(), strict=True):
+        if name != "value_head.weight":
+            assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
+
+
+def test_the_first_step_is_unweighted_and_the_next_one_centred() -> None:
+    recipe, batches = recipe_of("rho1"), rows_of(False)
+    weighting, model = Weighting(recipe), lively_model(recipe)
+    share = share_of(batches, 0, 4, 4, CPU, scores_of(recipe, batches))
+    first = train_step(model, share, weighting, CPU, stop=False)
+    assert weighting.unweighted and float(first.weights["square"]) == float(first.weights["head_count"].sum())
+    weighting.remember(first.excess)
+    second = train_step(model, share, weighting, CPU, stop=False)
+    assert not weighting.unweighted and float(second.weights["square"]) > float(first.weights["square"])
+    mean = weighting.head_mean(torch.device("cpu"))
+    assert mean is not None
+    torch.testing.assert_close(mean.double(), first.excess[0] / first.excess[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_running_mean_survives_json() -> None:
+    weighting = weighting_of(recipe_of("rho1"))
+    weighting.remember(torch.tensor([[1.0, 2.0, 3.0, 0.0], [3.0, 7.0, 11.0, 0.0]], dtype=torch.float64))
+    other = Weighting(recipe_of("rho1"))
+    other.load_state_dict(json.loads(json.dumps(weighting.state_dict())))
+    assert torch.equal(other.mean_h, weighting.mean_h) and torch.equal(other.mass_h, weighting.mass_h)
+
+
+def test_clip_gives_the_norm_before_and_leaves_it_at_zero_limit() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    assert clip([p], 0) == 5 and p.grad.tolist() == [3, 4]
+    assert clip([p], 1) == 5 and p.grad.norm() == pytest.approx(1, rel=1e-4)
