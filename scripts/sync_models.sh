@@ -17,8 +17,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/settings.bash"
 # shellcheck source=scripts/lib/store.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/store.bash"
+# shellcheck source=scripts/lib/before.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/before.bash"
 
-TEMP='' MODELS='' STORE='' CLIENT='' READER=''
+TEMP='' MODELS='' STORE='' CLIENT='' READER='' CHECKPOINTS=''
 WORKERS=16 PART_MB=100 RETRIES=3 WAIT=10 STALL=30 CACHE=/cache/models
 NAMES=()
 
@@ -35,10 +37,11 @@ read_configuration() {
   local bucket region endpoint name
   python -m wmtp.config --env "${ENV:-${ENV_MODE:-}}" "${SETTINGS[@]}" --get storage.bucket storage.region storage.endpoint \
     storage.workers storage.part_size_mb storage.retries storage.retry_wait_s storage.stall_s storage.cache_dir \
-    models >"$TEMP/settings" || exit
+    paths.checkpoints.base_path models >"$TEMP/settings" || exit
   {
     read -r bucket && read -r region && read -r endpoint && read -r WORKERS && read -r PART_MB
     read -r RETRIES && read -r WAIT && read -r STALL && read -r CACHE
+    read -r CHECKPOINTS
     while IFS=$'\t' read -r _ name _; do
       [[ " ${NAMES[*]} " == *" $name "* ]] || NAMES+=("$name")
     done
@@ -58,45 +61,6 @@ choose_store() {
   fi
 }
 
-free_bytes() {
-  local at=$1
-  while [[ ! -e $at ]]; do at=$(dirname "$at"); done
-  df --output=avail -B1 "$at" | tail -n 1 | tr -d ' '
-}
-
-staged_bytes() {
-  if [[ -d $1/files ]]; then find "$1/files" -type f -printf '%s\n'; fi | awk '{s += $1} END {printf "%.0f\n", s}'
-}
-
-# Every manifest is asked for and judged before the first byte, and the sum against the disk.
-prepare() {
-  local name bytes digest target needed=0 free have
-  for name in "${NAMES[@]}"; do
-    fetch_manifest "$name" "$TEMP/$name.json" ||
-      die 13 "$name is not published: no $(prefix_of "$name")/manifest.json" 'a model without a manifest is not published' \
-        "scripts/publish_models.sh --from DIR $name"
-    manifest check "$TEMP/$name.json" >"$TEMP/$name.check" ||
-      die 13 "$name: its manifest is refused (line above); nothing was written" 'a manifest names files inside its model only' \
-        "scripts/publish_models.sh --from DIR $name"
-    [[ $(cut -f1 "$TEMP/$name.check") == "$name" ]] ||
-      die 13 "$name: its manifest is that of $(cut -f1 "$TEMP/$name.check")" 'name and folder agree' "publish $name again"
-    bytes=$(cut -f3 "$TEMP/$name.check") digest=$(manifest digest "$TEMP/$name.json")
-    target=$STORE/$digest
-    if [[ -d $target ]]; then log sync "$name: ${digest:0:12} is in the store"; else
-      have=$(staged_bytes "$STORE/.staging/$name-$digest")
-      # Sums beyond 63 bits would wrap: no disk holds them.
-      if ((${#bytes} > 17)); then needed=$bytes && break; fi
-      needed=$((needed + (bytes > have ? bytes - have : 0)))
-      log sync "$name: ${digest:0:12}, $(mb "$bytes") MB, $(mb "$have") MB of it arrived before"
-    fi
-  done
-  free=$(free_bytes "$STORE")
-  log sync "$(mb "$needed") MB to fetch from $(prefix_of '') to $STORE, $(mb "$free") MB free"
-  ((${#needed} <= 18 && needed <= free)) ||
-    die 10 "$(mb "$needed") MB needed, $(mb "$free") MB free in $STORE" 'all models of a run fit before the first byte moves' \
-      'make room, or set WMTP_CACHE_DIR to a larger volume'
-}
-
 mb() { awk -v b="$1" 'BEGIN {printf "%.1f", b / 1e6}'; }
 
 # shellcheck source=scripts/lib/transfer.bash
@@ -104,7 +68,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/transfer.bash"
 
 main() {
   local dry=0 name
-  local -a only=() SETTINGS=()
+  local -a only=() all=() SETTINGS=()
   while (($#)); do
     case $1 in
       -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
@@ -137,10 +101,14 @@ main() {
   need_cmd flock 'Linux: apt-get install util-linux'
   choose_store
   log sync "${#NAMES[@]} models: ${NAMES[*]}, bucket $S3_BUCKET_NAME ($AWS_DEFAULT_REGION)"
-  prepare
+  read_manifests
+  all=("${NAMES[@]}")
+  drop_scored
+  need_room
   if ((dry)); then log sync 'dry run: nothing was written' && return 0; fi
   mkdir -p "$STORE/.staging" "$MODELS" 2>/dev/null && [[ -w $STORE && -w $MODELS ]] ||
     die 10 "$STORE or $MODELS can't be written" 'models need a folder of their own' "chown it, or set WMTP_APP_ROOT to another folder"
+  keep_manifests "${all[@]}"
   for name in "${NAMES[@]}"; do sync_one "$name"; done
   log sync "done in $SECONDS s"
 }
