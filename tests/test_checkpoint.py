@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import subprocess
-import uuid
 from pathlib import Path
 
 import pytest
@@ -94,13 +93,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_quoted_argument_survives_spaces_and_quotes() -> None:
     assert quoted('a "b" c') == '"a \\"b\\" c"'
-
-
-@pytest.fixture
-def prefix() -> str:
-    if "S3_ENDPOINT_URL" not in os.environ:
-        pytest.skip("no bucket in the environment: run through `make test`, which starts one")
-    return f"s3://{os.environ['S3_BUCKET_NAME']}/test-{uuid.uuid4().hex}"
 
 
 def test_the_bucket_gets_the_marker_and_loses_what_is_old(tmp_path: Path, prefix: str) -> None:

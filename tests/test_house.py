@@ -13,7 +13,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("module", ["config", "paths", "registry", "manifest", "preflight", "report", "vocab"])
+@pytest.mark.parametrize(
+    "module", ["config", "paths", "registry", "manifest", "preflight", "report", "scorekey", "vocab"]
+)
 def test_looking_does_not_import_torch(module: str) -> None:
     code = f"import sys, wmtp.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

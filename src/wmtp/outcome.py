@@ -21,6 +21,7 @@ from wmtp.checkpoint import CheckpointError, TransferError
 from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
+from wmtp.paths import PathResolver
 from wmtp.tracking import Tracker
 
 DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
@@ -68,6 +69,19 @@ def say(text: str) -> None:
     """One line of the story, from rank 0."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def local_path(uri: str, what: str) -> Path:
+    """The folder that ``uri`` stands for; it must be there."""
+    kind, path = PathResolver().resolve(uri)
+    if kind != "file":
+        raise BadInput(f"{what}: {uri}: rule: the trainer reads local folders; next: sync it, or name a file://")
+    if not Path(path).is_dir():
+        raise BadInput(
+            f"{what}: {path} is not there; rule: models and data are on the disk before training; "
+            "next: scripts/sync_models.sh, or make train for ENV=test"
+        )
+    return Path(path)
 
 
 def write_whole(path: Path, text: str) -> None:

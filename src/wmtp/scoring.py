@@ -18,20 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints
+from wmtp.config import Config, Recipe
 from wmtp.data import Corpus, Piece, Record, Rows, Tokenizer
-from wmtp.model import MTPModel, RewardModel
+from wmtp.model import MTPModel, RewardModel, load_reward_state, load_state, read_spec
 from wmtp.objective import make_labels
-from wmtp.outcome import Stop, Stopped, say
+from wmtp.outcome import Stop, Stopped, local_path, say
+from wmtp.paths import PathResolver
 from wmtp.ranks import Place
+from wmtp.scorekey import REFERENCE, kept_name, scorer_of
 
 FORWARDS = 8  # of a block: what a kill costs each rank at most
 TOLD_EVERY_S = 5.0
 
+Fill = Callable[[MTPModel | RewardModel, Callable[[], dict[str, Any]]], None]
 Block = tuple[str, int, Sequence[int]]
 """Set, number, and the rows or documents in it."""
 
@@ -334,3 +339,60 @@ def zscored(rewards: Mapping[str, Tensor], sets: Mapping[str, Rows]) -> dict[str
         name: torch.where(ends[name], (values.double() - mean) / deviation, 0).float()
         for name, values in rewards.items()
     }
+
+
+def load_scores(
+    config: Config,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    sets: dict[str, Corpus],
+    shelf: Checkpoints,
+    fill: Fill,
+    place: Place,
+    stop: Stop,
+) -> dict[str, Tensor]:
+    """What the scorer of the algorithm says of each token, `[N, S]` of each set: kept from before, or made now.
+
+    A reference gives `ref_ce`; a reward model gives z-scored rewards at the documents' last tokens. The scorer's memory
+    is free again afterwards. Empty for an algorithm without a scorer. ``fill`` gives a model that was built on ``meta``
+    its weights, sharded as the run is. Collective.
+    """
+    scorer = scorer_of(recipe)
+    if scorer is None:
+        return {}
+    uri, what = getattr(config.paths.models, scorer[1]), f"paths.models.{scorer[1]}"
+    named: list[Any] = [None, None]
+    found: list[Any] = [None]
+    if place.rank == 0:
+        manifests = Path(PathResolver().resolve("file:///app/models/.manifests")[1])
+        if not (manifests / f"{Path(uri).name}.json").is_file():
+            local_path(uri, what)
+        named = list(kept_name(config, recipe, manifests))
+        found = [Kept(shelf, named[0]).load()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(named, src=0)
+    kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)
+    rows = {name: corpus.rows for name, corpus in sets.items()}
+    if made:
+        folder = local_path(uri, what)
+        say(f"score     {named[0]} is not kept: {folder.name} reads {sum(len(r) for r in rows.values())} rows")
+        spec, size = read_spec(folder), recipe.data.train.batch_size
+        if scorer[0] == REFERENCE:
+            with torch.device("meta"):
+                reference = MTPModel(spec)
+            fill(reference, lambda: {**load_state(folder, spec)})
+            score_reference(reference, rows, kept, size, named[1], place, stop)
+        else:
+            with torch.device("meta"):
+                judge = RewardModel(spec)
+            fill(judge, lambda: {**load_reward_state(folder, spec)})
+            score_rewards(judge, sets, tokenizer, recipe.critic.reward_template, kept, size, named[1], place, stop)
+    scores = kept.load()
+    if scores is None:
+        raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
+    say(f"score     {named[0]} {'kept' if made else 'was kept: the scorer is not needed'}")
+    if recipe.train.algo != "critic-wmtp":
+        return scores
+    if scorer[0] == REFERENCE:
+        scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}
+    return zscored(scores, rows)

@@ -33,9 +33,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
-from wmtp.checkpoint import CheckpointError, Checkpoints, local_bytes
+from wmtp.checkpoint import Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_corpus
-from wmtp.evaluation import held_out_ce
+from wmtp.evaluation import held_out_ce, weigh_documents
+from wmtp.heatmap import Example, shown_texts, token_weights, write_heatmap
 from wmtp.model import (
     ModelSpec,
     MTPModel,
@@ -43,7 +44,6 @@ from wmtp.model import (
     ValueHead,
     export_hf,
     finish_meta,
-    load_reward_state,
     load_state,
     read_spec,
     shard_units,
@@ -61,14 +61,14 @@ from wmtp.outcome import (
     claim,
     failure,
     keep_traceback,
+    local_path,
     say,
     write_whole,
 )
 from wmtp.paths import PathResolver
 from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
-from wmtp.scorekey import REFERENCE, kept_name, scorer_of
-from wmtp.scoring import Kept, pseudo_rewards, score_reference, score_rewards, zscored
+from wmtp.scoring import load_scores
 from wmtp.step import Weighting, clip, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
 
@@ -146,19 +146,6 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def local_path(uri: str, what: str) -> Path:
-    """The folder that ``uri`` stands for; it must be there."""
-    kind, path = PathResolver().resolve(uri)
-    if kind != "file":
-        raise BadInput(f"{what}: {uri}: rule: the trainer reads local folders; next: sync it, or name a file://")
-    if not Path(path).is_dir():
-        raise BadInput(
-            f"{what}: {path} is not there; rule: models and data are on the disk before training; "
-            "next: scripts/sync_models.sh, or make train for ENV=test"
-        )
-    return Path(path)
-
-
 def fill(
     model: MTPModel | RewardModel, state: Callable[[], dict[str, Any]], config: settings.Config, place: Place
 ) -> None:
@@ -217,61 +204,6 @@ def load_sets(config: settings.Config, recipe: settings.Recipe, tokenizer: Token
             "rule: at least one document to train on; next: look at the folders, or at data.eval.sources"
         )
     return sets
-
-
-def load_scores(
-    config: settings.Config,
-    recipe: settings.Recipe,
-    tokenizer: Tokenizer,
-    sets: dict[str, Corpus],
-    shelf: Checkpoints,
-    place: Place,
-    stop: Stop,
-) -> dict[str, Tensor]:
-    """What the scorer of the algorithm says of each token, `[N, S]` of each set: kept from before, or made now.
-
-    A reference gives `ref_ce`; a reward model gives z-scored rewards at the documents' last tokens. The scorer's memory
-    is free again afterwards. Empty for an algorithm without a scorer.
-    """
-    scorer = scorer_of(recipe)
-    if scorer is None:
-        return {}
-    uri, what = getattr(config.paths.models, scorer[1]), f"paths.models.{scorer[1]}"
-    named: list[Any] = [None, None]
-    found: list[Any] = [None]
-    if place.rank == 0:
-        manifests = Path(PathResolver().resolve("file:///app/models/.manifests")[1])
-        if not (manifests / f"{Path(uri).name}.json").is_file():
-            local_path(uri, what)
-        named = list(kept_name(config, recipe, manifests))
-        found = [Kept(shelf, named[0]).load()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(named, src=0)
-    kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)
-    rows = {name: corpus.rows for name, corpus in sets.items()}
-    if made:
-        folder = local_path(uri, what)
-        say(f"score     {named[0]} is not kept: {folder.name} reads {sum(len(r) for r in rows.values())} rows")
-        spec, size = read_spec(folder), recipe.data.train.batch_size
-        if scorer[0] == REFERENCE:
-            with torch.device("meta"):
-                reference = MTPModel(spec)
-            fill(reference, lambda: {**load_state(folder, spec)}, config, place)
-            score_reference(reference, rows, kept, size, named[1], place, stop)
-        else:
-            with torch.device("meta"):
-                judge = RewardModel(spec)
-            fill(judge, lambda: {**load_reward_state(folder, spec)}, config, place)
-            score_rewards(judge, sets, tokenizer, recipe.critic.reward_template, kept, size, named[1], place, stop)
-    scores = kept.load()
-    if scores is None:
-        raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
-    say(f"score     {named[0]} {'kept' if made else 'was kept: the scorer is not needed'}")
-    if recipe.train.algo != "critic-wmtp":
-        return scores
-    if scorer[0] == REFERENCE:
-        scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}
-    return zscored(scores, rows)
 
 
 def adamw(model: nn.Module, recipe: settings.Recipe) -> torch.optim.Optimizer:
@@ -347,7 +279,16 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     weighting = Weighting(recipe)
     tokenizer = load_tokenizer(base)
     sets = load_sets(config, recipe, tokenizer)
-    scores = load_scores(config, recipe, tokenizer, sets, checkpoints_at(".scores"), place, stop)
+    scores = load_scores(
+        config,
+        recipe,
+        tokenizer,
+        sets,
+        checkpoints_at(".scores"),
+        lambda model, state: fill(model, state, config, place),
+        place,
+        stop,
+    )
     rows_per_step = recipe.data.train.batch_size * place.world * recipe.train.accumulation_steps
     rows = Batches(sets["train"].rows, rows_per_step, config.seed)
     held = Batches(sets["eval"].rows, recipe.data.eval.batch_size, config.seed) if "eval" in sets else None
@@ -387,7 +328,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     record = StepRecord(checkpoints.folder / "steps.jsonl", step) if place.rank == 0 else None
     trunk = [p for n, p in model.named_parameters() if not n.startswith("value_head.")]
     first, began_steps, tokens_done = step, time.monotonic(), 0
-    early, saved = recipe.train.early_stopping, step or -1
+    early, saved, starved = recipe.train.early_stopping, step or -1, 0
+    figures: dict[str, float] = {}
     while step < total:
         tick = time.monotonic()
         share = share_of(rows, step, recipe.model.heads, recipe.data.train.batch_size, place, scores.get("train"))
@@ -416,6 +358,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
                 **weight_statistics(seen.weights),
             }
             record.add(step, figures)
+            starved = starved + 1 if figures["w_mean_head_0"] < 0.3 else 0
+            if starved == 10:
+                say("weights   warn  head 0 has weighed less than 0.3 for 10 steps: the next token is hardly trained")
             if step % config.log_interval == 0 or step in (1, total):
                 tracker.log(step, figures)
                 left = (total - step) * (time.monotonic() - began_steps) / (step - first)
@@ -450,6 +395,10 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     if after:
         say(f"held out  after: {mean(after):.3f}  per head {shown(after)}")
         tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(after)})
+    if held and recipe.train.algo != "baseline-mtp":
+        show_weights(
+            model, held, weighting, tokenizer, scores.get("eval"), checkpoints, tracker, f"{name}, step {step}", place
+        )
     if config.paths.checkpoints.save_final:
         export(model, spec, checkpoints, base, place)
     checkpoints.close()
@@ -467,6 +416,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "held_out_ce_before_heads": state["held_out_before"],
             "held_out_ce_after_heads": after,
             "tokens_per_second": tokens_done / train_seconds if tokens_done else None,
+            "weights": {name: value for name, value in figures.items() if name.startswith("w_")},
             "mlflow_run_id": tracker.run_id,
             "checkpoint": f"{checkpoints.remote or checkpoints.folder}/step-{saved}",
             "seconds_train": time.monotonic() - stop.began,
@@ -485,6 +435,38 @@ def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Pat
         export_hf(whole, spec, staging, base)
         checkpoints.finish(staging, final)
         checkpoints.upload(final)
+
+
+def show_weights(
+    model: MTPModel,
+    held: Batches,
+    weighting: Weighting,
+    tokenizer: Tokenizer,
+    score_ns: Tensor | None,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+    title: str,
+    place: Place,
+) -> None:
+    """Three held-out documents with the weights of their tokens, as ``weights/`` beside the checkpoints. Collective."""
+    found = weigh_documents(model, held, weighting, place, score_ns, most=3)
+    if place.rank == 0:
+        examples = [
+            Example(
+                f"held-out document {n}: {len(ids)} tokens",
+                shown_texts(ids.tolist(), tokenizer),
+                token_weights(w, mask),
+            )
+            for n, (ids, w, mask) in enumerate(found, 1)
+        ]
+        staging, final = checkpoints.folder / ".step-weights", checkpoints.folder / "weights"
+        staging.mkdir(exist_ok=True)
+        write_heatmap(staging / "weights", examples, f"Token weights: {title}")
+        checkpoints.finish(staging, final)
+        checkpoints.upload(final)
+        for file in ("weights.html", "weights.png"):
+            tracker.artifact(final / file)
+        say(f"weights   {final / 'weights.html'}, and as a picture: weights.png")
 
 
 # ---- small things ------------------------------------------------------------------------------------------------

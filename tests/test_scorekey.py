@@ -1,0 +1,116 @@
+"""The name of kept scores: another for everything that matters, the same for everything that doesn't."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wmtp.config import Config, Recipe, load_pair
+from wmtp.manifest import create
+from wmtp.scorekey import kept_name, main, scorer_of
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs/config.local_minitest.yaml"
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small stand-ins for models and data: nothing is loaded here."""
+    root = tmp_path / "app"
+    for name in ("test-llama-mtp", "test-rm-llama", "test-llama"):
+        (root / "models" / name).mkdir(parents=True)
+        (root / "models" / name / "tokenizer.model").write_text("pieces")
+        (root / "models" / name / "weights.bin").write_text(name)
+    for name in ("wmtp_code", "mbpp_tiny"):
+        (root / "datasets" / name).mkdir(parents=True)
+        (root / "datasets" / name / "a.jsonl").write_text(name)
+    monkeypatch.setenv("WMTP_APP_ROOT", str(root))
+    return root
+
+
+def pair(algorithm: str, *sets: str) -> tuple[Config, Recipe]:
+    return load_pair(CONFIG, ROOT / f"tests/configs/recipe.{algorithm}.yaml", sets, env="minitest")
+
+
+def name_of(algorithm: str, *sets: str, manifests: Path | None = None) -> str:
+    return kept_name(*pair(algorithm, *sets), manifests)[0]
+
+
+def test_what_the_scores_depend_on_is_in_the_name(app: Path) -> None:
+    first = name_of("critic_wmtp")
+    assert first.startswith("reward-") and name_of("critic_wmtp") == first
+    names = {first, name_of("rho1_wmtp")}
+    for change in (
+        "critic.reward_template=x {text}",
+        "data.train.max_length=64",
+        "data.train.pack_sequences=false",
+        "data.eval.max_length=64",
+        "data.eval.sources=[]",
+        "data.train.sources=[wmtp_code, mbpp_tiny]",
+        "devices.mixed_precision=bf16",
+        "critic.use_pseudo_rewards=true",
+    ):
+        names.add(name_of("critic_wmtp", change))
+    assert len(names) == 10
+    for file in (
+        "models/test-rm-llama/weights.bin",
+        "models/test-llama-mtp/tokenizer.model",
+        "datasets/wmtp_code/a.jsonl",
+    ):
+        kept = (app / file).read_text()
+        (app / file).write_text("other")
+        names.add(name_of("critic_wmtp"))
+        (app / file).write_text(kept)
+    assert len(names) == 13 and name_of("critic_wmtp") == first
+
+
+def test_what_they_do_not_depend_on_is_not(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = name_of("critic_wmtp")
+    (app / "models/test-llama-mtp/weights.bin").write_text("another base")
+    for change in ("critic.gamma=0.9", "seed=7", "optim.lr=1e-2", "loss.lambda=0.9", "data.train.batch_size=4"):
+        assert name_of("critic_wmtp", change) == first, change
+    shutil.move(app, app.with_name("elsewhere"))
+    monkeypatch.setenv("WMTP_APP_ROOT", str(app.with_name("elsewhere")))
+    assert name_of("critic_wmtp") == first
+
+
+def test_a_manifest_stands_for_a_model_that_is_not_here(app: Path, tmp_path: Path) -> None:
+    first = name_of("critic_wmtp")
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    for name in ("test-rm-llama", "test-llama-mtp"):
+        (manifests / f"{name}.json").write_text(json.dumps(create(app / "models" / name, name)))
+        shutil.rmtree(app / "models" / name)
+    assert name_of("critic_wmtp", manifests=manifests) == first
+    with pytest.raises(FileNotFoundError):
+        name_of("critic_wmtp")
+
+
+def test_baseline_has_no_scorer_and_pseudo_rewards_are_the_bases() -> None:
+    assert scorer_of(pair("baseline_mtp")[1]) is None
+    assert scorer_of(pair("rho1_wmtp")[1]) == ("reference", "ref")
+    assert scorer_of(pair("critic_wmtp")[1]) == ("reward", "rm")
+    assert scorer_of(pair("critic_wmtp", "critic.use_pseudo_rewards=true")[1]) == ("reference", "base")
+
+
+def test_the_command_has_a_line_a_model(app: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "tests/configs/recipe.critic_wmtp.yaml")
+    common = ["--config", str(CONFIG), "--recipe", recipe, "--env", "minitest", "--manifests", str(tmp_path)]
+    assert main(common) == 0
+    base, rm = capsys.readouterr().out.splitlines()
+    assert base == "base\ttest-llama-mtp\t-" and rm == f"rm\ttest-rm-llama\t{name_of('critic_wmtp')}"
+    shutil.rmtree(app / "datasets")
+    assert main(common) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1] == "rm\ttest-rm-llama\t-" and "warn" in shown.err
+    assert main([*common, "--set", "nope=1"]) == 2
+
+
+def test_asking_imports_no_torch() -> None:
+    code = "import sys, wmtp.scorekey; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
