@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,24 +18,31 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from wmtp import model as model_module
 from wmtp.model import (
+    LMHead,
     ModelError,
     ModelSpec,
     MTPModel,
+    ValueHead,
+    Weighing,
     attention_layout,
     export_hf,
     finish_meta,
     load_model,
+    load_reward,
     load_state,
     read_spec,
     shard_units,
 )
+from wmtp.objective import rho1_wmtp, weighted_loss
 
 GENERATE = Path(__file__).parent / "test_models" / "generate.py"
 SMALL = ModelSpec(
@@ -589,3 +597,176 @@ def test_generator_is_idempotent_and_repeats_bit_for_bit(models: Path, tmp_path:
     (tmp_path / "test-llama" / "model.safetensors").write_bytes(b"old")
     generate.generate(tmp_path)
     assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+# ---- the one-pass loss ------------------------------------------------------------------------
+
+
+def centred_rho1(ce: Tensor, mask: Tensor, *, ref_aligned: Tensor) -> Tensor:
+    return rho1_wmtp(
+        ce, mask, ref_aligned=ref_aligned, head_mean=None, min_ce_diff=0.0, temperature=0.7, epsilon=0.05,
+        max_weight=3.0, mix=0.7,
+    )  # fmt: skip
+
+
+def naive_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, ref: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All logits at once, and the weights from them."""
+    logits = F.linear(hidden, weight).float()
+    ce = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+    w = centred_rho1(ce.detach(), mask, ref_aligned=ref)
+    return weighted_loss(ce, w, mask, count=count), ce.detach(), w
+
+
+def loss_case(seed: int, rows: int, length: int, heads: int, share: float) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, length, heads, generator=g) < share
+    return {
+        "hidden": torch.randn(rows, length, heads, 16, generator=g),
+        "weight": 0.5 * torch.randn(37, 16, generator=g),
+        "labels": torch.randint(0, 37, mask.shape, generator=g).masked_fill(~mask, -100),
+        "mask": mask,
+        "ref": 3 * torch.rand(mask.shape, generator=g),
+    }
+
+
+def one_pass(case: dict[str, Tensor], dtype: torch.dtype, positions: int | None, count: int) -> tuple[Any, ...]:
+    head = LMHead(16, 37)
+    head.weight = torch.nn.Parameter(case["weight"].to(dtype))
+    head.positions = positions
+    hidden = case["hidden"].to(dtype, copy=True).requires_grad_()
+    weighing = Weighing(centred_rho1, {"ref_aligned": case["ref"]})
+    loss, ce, w = head(hidden, case["labels"], case["mask"], count, weighing)
+    (3 * loss).backward()
+    return loss.detach(), ce, w, hidden.grad, head.weight.grad
+
+
+def all_at_once(case: dict[str, Tensor], dtype: torch.dtype, count: int) -> tuple[Any, ...]:
+    weight, hidden = (case[n].to(dtype, copy=True).requires_grad_() for n in ("weight", "hidden"))
+    loss, ce, w = naive_loss(hidden, weight, case["labels"], case["mask"], case["ref"], count)
+    (3 * loss).backward()
+    return loss.detach(), ce, w, hidden.grad, weight.grad
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6))
+
+
+@given(
+    st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 5),
+    st.sampled_from([0.0, 0.2, 0.8, 1.0]), st.one_of(st.none(), st.integers(1, 30)),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_one_pass_loss_is_the_naive_one(
+    seed: int, rows: int, length: int, heads: int, share: float, positions: int | None
+) -> None:
+    case = loss_case(seed, rows, length, heads, share)
+    found, expected = one_pass(case, torch.float32, positions, 50), all_at_once(case, torch.float32, 50)
+    for name, a, b in zip(("loss", "ce", "w", "d_hidden", "d_weight"), found, expected, strict=True):
+        assert torch.isfinite(a).all() and distance(a, b) <= 1e-5, name
+    assert not found[1].requires_grad and not found[2].requires_grad
+
+
+def test_one_pass_loss_in_bf16_is_as_near_as_the_naive_one_in_bf16() -> None:
+    for seed in range(5):
+        case = loss_case(seed, 3, 20, 4, 0.9)
+        case |= {n: case[n].bfloat16().float() for n in ("hidden", "weight")}
+        truth = all_at_once(case, torch.float32, 50)
+        ours, naive = one_pass(case, torch.bfloat16, 7, 50), all_at_once(case, torch.bfloat16, 50)
+        assert ours[1].dtype == ours[2].dtype == torch.float32
+        for name, a, b, t in zip(("loss", "ce", "w", "d_hidden", "d_weight"), ours, naive, truth, strict=True):
+            assert distance(a, t) <= 1.5 * distance(b, t) + 1e-5, name
+
+
+def test_without_gradients_no_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = loss_case(1, 2, 5, 4, 0.9)
+    head = LMHead(16, 37)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with torch.no_grad():
+        head(case["hidden"].requires_grad_(), case["labels"], case["mask"], 3, Weighing())
+    with pytest.raises(AssertionError):
+        head(case["hidden"], case["labels"], case["mask"], 3, Weighing())
+
+
+# ---- value head and reward model --------------------------------------------------------------
+
+
+def test_the_value_head_learns_and_the_trunk_does_not() -> None:
+    torch.manual_seed(4)
+    model = MTPModel(SMALL, value_head=True).train()
+    x = torch.arange(10)[None]
+    out = model(x, torch.zeros_like(x))
+    assert out.loss is None and out.value_bs is not None and out.value_bs.shape == (1, 10)
+    assert (out.value_bs == 0).all(), "a new value head says nothing"
+    (out.value_bs - 1).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) == (name == "value_head.weight"), name
+    labels, mask = oracle_labels(x, torch.zeros_like(x), 3)
+    both = model(x, torch.zeros_like(x), labels, mask, 1)
+    torch.testing.assert_close(both.value_bs, out.value_bs)
+
+
+def test_values_are_float32_of_a_half_trunk() -> None:
+    model = lively(SMALL)
+    head = ValueHead(SMALL.hidden)
+    torch.nn.init.normal_(head.weight)
+    hidden = torch.randn(2, 5, SMALL.hidden)
+    found = head(hidden.bfloat16())
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(hidden.bfloat16()), found)
+    assert model.value_head is None
+
+
+@pytest.mark.parametrize("key", ["v_head.weight", "score.weight"])
+@pytest.mark.parametrize("prefix", ["model", "transformer"])
+def test_a_reward_is_the_value_of_transformers_last_state(tmp_path: Path, key: str, prefix: str) -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    torch.manual_seed(6)
+    theirs = LlamaModel(config).eval()
+    reward = torch.randn(1, 16)
+    state = {f"{prefix}.{name}": p for name, p in theirs.state_dict().items()} | {key: reward}
+    torch.save(state | {"lm_head.weight": torch.randn(50, 16)}, tmp_path / "starling.pt")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    model = load_reward(tmp_path, "cpu")
+    x = torch.randint(0, 50, (2, 9))
+    document = torch.tensor([[0] * 9, [0] * 6 + [-1] * 3])
+    with torch.no_grad():
+        found = model(x, document, torch.tensor([8, 5]))
+        expected = torch.stack(
+            [theirs(x[:1]).last_hidden_state[0, -1] @ reward[0], theirs(x[1:, :6]).last_hidden_state[0, -1] @ reward[0]]
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"v_head.weight": None}, "missing v_head.weight"),
+        ({"v_head.weight": torch.zeros(2, 64)}, "misshapen v_head.weight"),
+        ({"score.weight": torch.zeros(1, 64)}, "unexpected score.weight"),
+        ({"extra.weight": torch.zeros(1)}, "unexpected extra.weight"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, "missing layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_a_reward_model_that_does_not_fit_is_refused(
+    models: Path, tmp_path: Path, change: dict[str, Tensor | None], says: str
+) -> None:
+    state = torch.load(models / "test-rm-llama/model.bin", weights_only=True) | change
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "model.bin")
+    (tmp_path / "config.json").write_text((models / "test-rm-llama/config.json").read_text())
+    with pytest.raises(ModelError, match=re.escape(says)):
+        load_reward(tmp_path, "cpu")
+
+
+def test_a_base_is_no_reward_model(models: Path) -> None:
+    with pytest.raises(ModelError, match="Hugging Face folder"):
+        load_reward(models / "test-llama-mtp", "cpu")

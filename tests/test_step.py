@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from wmtp.config import Recipe, load_recipe
 from wmtp.data import Batches, Rows, pack
 from wmtp.model import ModelSpec, MTPModel, shard_units
-from wmtp.objective import make_labels
+from wmtp.objective import gae_targets, make_labels
 from wmtp.ranks import Place
-from wmtp.step import StepResult, Weighting, clip, share_of, train_step
+from wmtp.step import StepResult, Weighting, clip, micro_of, share_of, train_step
 
 ROOT = Path(__file__).parent.parent
 SPEC = ModelSpec("hf", 4, 32, 1, 4, 4, 64, 97)
@@ -218,3 +218,33 @@ def test_clip_gives_the_norm_before_and_leaves_it_at_zero_limit() -> None:
     p.grad = torch.tensor([3.0, 4.0])
     assert clip([p], 0) == 5 and p.grad.tolist() == [3, 4]
     assert clip([p], 1) == 5 and p.grad.norm() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "rho1", "critic"])
+def test_a_document_does_not_know_what_is_packed_beside_it(algorithm: str) -> None:
+    recipe = recipe_of(algorithm)
+    weighting, model = weighting_of(recipe), lively_model(recipe)
+    generator = torch.Generator().manual_seed(2)
+    first, second = (torch.randint(0, SPEC.vocab_size, (n,), generator=generator).tolist() for n in (9, 11))
+    scores = {n: torch.randn(n, generator=generator) for n in (9, 11)}
+
+    def seen(documents: list[list[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
+        batches = Batches(pack(documents, LENGTH, 2, True), 1, 0)
+        laid = torch.cat([scores[len(d)] for d in documents])
+        score = torch.nn.functional.pad(laid, (0, LENGTH - len(laid)))[None]
+        m = micro_of(batches, torch.tensor([0]), 4, CPU, score)
+        out = model(m.x, m.document, m.labels, m.mask, 1, weighing=weighting.weighing(m))
+        target = None
+        if weighting.needs_value:
+            assert m.score is not None
+            target = gae_targets(m.score, out.value_bs, m.document, m.pad, gamma=1.0, gae_lambda=0.9)
+        return out.ce_bsh, out.w_bsh, target
+
+    for at, alone in ((0, seen([first])), (9, seen([second]))):
+        together = seen([first, second])
+        size = 9 if at == 0 else 11
+        for a, b in zip(alone, together, strict=True):
+            if a is not None and b is not None:
+                torch.testing.assert_close(a[0, :size], b[0, at : at + size], rtol=1e-4, atol=1e-5)
+    weights = seen([first, second])[1]
+    assert float(weights[weights > 0].std()) > (0.01 if algorithm != "baseline" else -1)
