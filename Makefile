@@ -7,13 +7,13 @@ ENVS := test minitest production
 ALGOS := baseline-mtp rho1-wmtp critic-wmtp
 LAUNCHERS := local docker vessl
 
-refuse = $(if $(filter-out $(2),$($(1))),$(error $(1)=$($(1)): not known. $(1) is one of: $(2). For example: make minitest ALGO=baseline-mtp))
+refuse = $(if $(filter-out $(2),$($(1))),$(error $(1)=$($(1)): not known. $(1) is one of: $(2). For example: make minitest ALGO=critic-wmtp))
 $(call refuse,ENV,$(ENVS))
 $(call refuse,ALGO,$(ALGOS))
 $(call refuse,LAUNCHER,$(LAUNCHERS))
 
 # Only what the caller set travels on: each script knows its own defaults.
-export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET
+export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET SEED SEEDS STEPS STAGES SIGNALS
 
 STAMP := .venv/.installed
 
@@ -62,6 +62,18 @@ lint: $(STAMP) ## ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint
 .PHONY: format
 format: $(STAMP) ## rewrite what lint would only name
 	@scripts/lint.sh --fix
+
+.PHONY: soak
+soak: $(STAMP) ## long: interrupt the mini-test in each stage, by Ctrl-C and kill -9 (ALGO= SEED=)
+	@scripts/soak.sh
+
+.PHONY: study
+study: $(STAMP) ## long: planted truth, does the weight go where it belongs
+	@scripts/study.sh
+
+.PHONY: bench
+bench: $(STAMP) ## long: the loss and the algorithms against their peers
+	@scripts/bench.sh
 
 .PHONY: clean
 clean: ## remove build/ and the generated test models; .venv stays

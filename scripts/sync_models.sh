@@ -20,15 +20,23 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/store.bash"
 # shellcheck source=scripts/lib/before.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/before.bash"
 
-TEMP='' MODELS='' STORE='' CLIENT='' READER='' CHECKPOINTS=''
+TEMP='' MODELS='' STORE='' CLIENT='' READER='' HASHER='' CHECKPOINTS=''
 WORKERS=16 PART_MB=100 RETRIES=3 WAIT=10 STALL=30 CACHE=/cache/models
 NAMES=()
 
-manifest() { setpriv --pdeathsig KILL python -m wmtp.manifest "$@"; }
+# In the background: a trap waits for a foreground child, and hashing 27 GB takes its time.
+manifest() {
+  setpriv --pdeathsig KILL python -m wmtp.manifest "$@" &
+  HASHER=$!
+  local rc=0
+  wait "$HASHER" || rc=$?
+  HASHER=''
+  return "$rc"
+}
 
 cleanup() {
   local pid
-  for pid in $CLIENT $READER; do kill -KILL "$pid" 2>/dev/null || true; done
+  for pid in $CLIENT $READER $HASHER; do kill -KILL "$pid" 2>/dev/null || true; done
   if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
 }
 

@@ -10,7 +10,7 @@ count() { { grep -oE "[0-9]+ $1" "$2" || true; } | tail -n 1 | cut -d ' ' -f 1; 
 main() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   PATH=$PWD/.venv/bin:$PATH
-  if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$0"; fi
+  if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$PWD/scripts/test.sh"; fi
   export OMP_NUM_THREADS=1
   local rc=0 passed failed ok bad started=$SECONDS
   pytest 2>&1 | tee build/test/pytest.log || rc=1

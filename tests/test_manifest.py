@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,24 @@ def test_command_line_refuses_with_13(tmp_path: Path, capsys: pytest.CaptureFixt
     path.write_text(json.dumps(document("../x")))
     assert manifest.main(["check", str(path)]) == 13
     assert "'../x'" in capsys.readouterr().err
+
+
+def test_a_transfer_of_which_no_byte_arrives_is_given_up_with_12(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from/weights.bin").write_bytes(b"x" * 9)
+    (tmp_path / "m.json").write_text(json.dumps(manifest.create(tmp_path / "from", "m")))
+    manifest.plan(manifest.load_manifest(tmp_path / "m.json"), tmp_path / "staging")
+    command = [
+        sys.executable,
+        "-m",
+        "wmtp.manifest",
+        "accept",
+        tmp_path / "m.json",
+        tmp_path / "staging",
+        "--stall",
+        "1",
+    ]
+    # Standard input stays open, as the client's does while it waits for a server that says nothing.
+    stalled = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert stalled.wait(timeout=30) == 12
+    assert stalled.stderr and "no byte arrived for 1 s" in stalled.stderr.read()

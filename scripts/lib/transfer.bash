@@ -35,7 +35,10 @@ transfer_all() {
     ((rc)) || return 0
     ((rc != 10)) || break
     log sync "$name: try $try of $RETRIES ended with $rc"
-    if ((try < RETRIES)); then sleep "$WAIT"; fi
+    if ((try < RETRIES)); then
+      sleep "$WAIT" &
+      wait $! # a signal ends this wait, not a sleep in the foreground
+    fi
   done
   case $rc in
     10) die 10 "$name: the disk of $STORE is full or refuses to be written" 'what has arrived is kept' 'make room, then again' ;;

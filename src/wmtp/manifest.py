@@ -256,7 +256,9 @@ class Arrivals:
         self.done = 0
         self.wrong: list[str] = []
         self.busy = False
+        self.drawn = False
         self.over = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
 
     def arrived(self, number: int) -> None:
         entry = self.waiting.get(number)
@@ -307,6 +309,14 @@ class Arrivals:
         )
         tty = sys.stderr.isatty() and os.environ.get("CI") != "true" and os.environ.get("TERM") != "dumb"
         print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        self.drawn = tty
+
+    def end(self) -> None:
+        """No more watching; a line that was redrawn in place is wiped away."""
+        self.over.set()
+        self.watcher.join()
+        if self.drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def plan_sizes(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
@@ -323,7 +333,7 @@ def plan_sizes(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
 def accept(manifest: Manifest, staging: Path, stall_s: float) -> int:
     """Reads the client's JSON lines on standard input; 0 when everything stands, 12 missing, 13 differs."""
     arrivals = Arrivals(manifest, staging, stall_s)
-    threading.Thread(target=arrivals.watch, daemon=True).start()
+    arrivals.watcher.start()
     for line in sys.stdin:
         try:
             record = json.loads(line)
@@ -333,7 +343,7 @@ def accept(manifest: Manifest, staging: Path, stall_s: float) -> int:
         name = Path(str(record.get("destination", ""))).name
         if record.get("success") and name.isdigit():
             arrivals.arrived(int(name))
-    arrivals.over.set()
+    arrivals.end()
     for number in list(arrivals.waiting):
         if (staging / "part" / str(number)).exists():
             arrivals.arrived(number)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Usage: [SEEDS=6] [STEPS=400] scripts/study.sh
+# Planted truth: does the weight go where it is known to belong, and does it help? Small models, minutes.
+# Standard output: tables in Markdown. Exit codes: 0 done, 1 it failed, 3 a tool is missing.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
+
+main() {
+  case ${1:-} in
+    '') ;;
+    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
+    *) die 2 "$1: no arguments are known" 'the environment says what to do' 'scripts/study.sh --help' ;;
+  esac
+  need_cmd python
+  cd "$ROOT"
+  exec python benchmarks/study.py --seeds "${SEEDS:-6}" --steps "${STEPS:-400}"
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"
