@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from wmtp import model as model_module
@@ -770,3 +770,38 @@ def test_a_reward_model_that_does_not_fit_is_refused(
 def test_a_base_is_no_reward_model(models: Path) -> None:
     with pytest.raises(ModelError, match="Hugging Face folder"):
         load_reward(models / "test-llama-mtp", "cpu")
+
+
+def half_worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=1)
+    torch.manual_seed(5)
+    model = MTPModel(SMALL, value_head=True)
+    for unit in [*shard_units(model), model]:
+        half = None if isinstance(unit, ValueHead) else torch.bfloat16
+        fully_shard(unit, mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32))
+    exact = 1 + torch.arange(24.0).view(1, 8, 3) * 2**-12  # bf16 has 8 bits
+    seen: dict[str, Any] = {}
+
+    def rule(ce: Tensor, mask: Tensor, *, ref_aligned: Tensor, delta_aligned: Tensor) -> Tensor:
+        seen.update(ce=ce.dtype, ref=ref_aligned.clone(), delta=delta_aligned.dtype)
+        return mask.float()
+
+    x = torch.arange(8)[None]
+    labels, mask = oracle_labels(x, torch.zeros_like(x), 3)
+    out = model(x, torch.zeros_like(x), labels, mask, mask.sum(), Weighing(rule, {"ref_aligned": exact}, 0.9))
+    (out.loss + (out.value_bs - 1).square().mean()).backward()
+    seen |= {
+        "whole": torch.equal(seen.pop("ref").view_as(exact), exact),
+        "value": out.value_bs.dtype,
+        "head": model.value_head.weight.grad.dtype,
+        "trunk": model.layers[0].mlp.up_proj.weight.grad.dtype,
+    }
+    torch.save(seen, f"{folder}/seen.pt")
+    dist.destroy_process_group()
+
+
+def test_under_a_half_policy_scores_and_values_stay_float32(tmp_path: Path) -> None:
+    mp.spawn(half_worker, args=(str(tmp_path),), nprocs=1)
+    seen = torch.load(tmp_path / "seen.pt")
+    assert seen.pop("whole"), "the reference's scores were rounded"
+    assert set(seen.values()) == {torch.float32}, seen

@@ -50,7 +50,9 @@ need_room() {
 
 # scores_kept NAME: whether scores of this name are on this disk or in the bucket, whole.
 scores_kept() {
-  [[ ! -e ${WMTP_APP_ROOT:-/app}/checkpoints/.scores/$1/.complete ]] || return 0
+  local disk=${WMTP_APP_ROOT:-/app}/checkpoints
+  if [[ $CHECKPOINTS == file:///app/* ]]; then disk=${WMTP_APP_ROOT:-/app}/${CHECKPOINTS#file:///app/}; fi
+  [[ ! -e $disk/.scores/$1/.complete ]] || return 0
   [[ $CHECKPOINTS == s3://* ]] || return 1
   local rest=${CHECKPOINTS#s3://}
   local -a endpoint=()

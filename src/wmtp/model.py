@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -257,15 +257,24 @@ Rule = Callable[..., Tensor]
 """An algorithm of `wmtp.objective`: `rule(ce, mask, **aligned) -> w`, any leading dimensions."""
 
 
-@dataclass
 class Weighing:
-    """How the loss of a forward is weighed. No pytree on purpose: FSDP must not round its float32 tensors to bf16."""
+    """How the loss of a forward is weighed.
 
-    rule: Rule = baseline_mtp
-    aligned: dict[str, Tensor] = field(default_factory=dict)
-    """Name to `[B, S, H]`; handed to the rule by name, chunk by chunk."""
-    discount_lambda: float | None = None
-    """Set: the model adds `delta_aligned`, the value that each predicted token adds."""
+    A plain class on purpose: FSDP's mixed precision looks in pytrees, dictionaries and dataclasses, and would round
+    these tensors to bf16.
+    """
+
+    def __init__(
+        self,
+        rule: Rule = baseline_mtp,
+        aligned: Mapping[str, Tensor] | None = None,
+        discount_lambda: float | None = None,
+    ) -> None:
+        self.rule = rule
+        self.aligned = dict(aligned or {})
+        """Name to `[B, S, H]`; handed to the rule by name, chunk by chunk."""
+        self.discount_lambda = discount_lambda
+        """Set: the model adds `delta_aligned`, the value that each predicted token adds."""
 
 
 class Output(NamedTuple):

@@ -13,11 +13,11 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from wmtp.checkpoint import CheckpointError, TransferError
+from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError
 from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
@@ -63,6 +63,19 @@ class Progress:
     step: int = 0
     cause: str | None = None
     tracker: Tracker | None = None
+    shelves: list[Checkpoints] = field(default_factory=list)
+    """Everything that uploads, to be waited for."""
+
+    def close(self) -> None:
+        """Wait for every upload. Raises the first failure, when all have ended."""
+        problems: list[CheckpointError] = []
+        for shelf in self.shelves:
+            try:
+                shelf.close()
+            except CheckpointError as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
 
 
 def say(text: str) -> None:

@@ -11,9 +11,11 @@ import time
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from wmtp.checkpoint import Checkpoints
+from wmtp.checkpoint import MARKER, Checkpoints
 from wmtp.config import Config, Recipe
 from wmtp.data import Batches
 from wmtp.evaluation import held_out_value
@@ -48,6 +50,7 @@ def pretrain_value_head(
     total = min(total, settings.max_steps or total)
     if state["ended"]:
         say(f"pretrain  the value head was trained before: {step} steps")
+        export(head, checkpoints, recipe)
         return
     say(f"pretrain  the value head learns the reward: {total} steps, {f'goes on after step {step}' if step else 'new'}")
     early = settings.early_stopping
@@ -85,4 +88,22 @@ def pretrain_value_head(
             checkpoints.save(step, head, optimizer, state)
         if stopping:
             raise Stopped(f"after step {step} of stage 1")
+    export(head, checkpoints, recipe)
     say(f"pretrain  done: {step} steps, {time.monotonic() - began:.0f} s")
+
+
+def export(head: nn.Module, checkpoints: Checkpoints, recipe: Recipe) -> None:
+    """The value head as ``value_head/value_head.safetensors``, where the recipe wants it. Collective."""
+    final = checkpoints.folder / "value_head"
+    if not recipe.pretrain.save_value_head:
+        return
+    (weight,) = head.parameters()
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    if checkpoints.rank > 0:
+        return
+    if not (final / MARKER).exists():
+        staging = checkpoints.folder / ".step-value_head"
+        staging.mkdir(exist_ok=True)
+        save_file({"value_head.weight": whole.detach().cpu().contiguous()}, staging / "value_head.safetensors")
+        checkpoints.finish(staging, final)
+    checkpoints.upload(final)  # also what a kill kept from it

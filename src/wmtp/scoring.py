@@ -61,14 +61,27 @@ class Kept:
             say(f"score     warn  {self.folder} can't be read ({error}): scored again")
             return None
 
-    def _fetch(self) -> None:
-        target = f"{self.shelf.remote}/{self.name}"
+    def bring(self) -> None:
+        """Upload what a kill kept from the bucket. Rank 0 only; a bucket that doesn't answer is told, not a failure."""
         try:
-            self.shelf.s5cmd("ls", f"{target}/{MARKER}")
+            if self.shelf.remote and not self._in_bucket():
+                self.shelf.upload(self.folder)
+        except CheckpointError as error:
+            say(f"score     warn  whether the bucket has the scores can't be asked: {error}")
+
+    def _in_bucket(self) -> bool:
+        try:
+            self.shelf.s5cmd("ls", f"{self.shelf.remote}/{self.name}/{MARKER}")
         except CheckpointError as error:
             if "no object found" in str(error):
-                return
+                return False
             raise
+        return True
+
+    def _fetch(self) -> None:
+        if not self._in_bucket():
+            return
+        target = f"{self.shelf.remote}/{self.name}"
         staging = self.shelf.folder / f".step-{self.name}"
         shutil.rmtree(staging, ignore_errors=True)
         self.shelf.s5cmd("cp", f"{target}/*", f"{staging}/")
@@ -368,7 +381,10 @@ def load_scores(
         if not (manifests / f"{Path(uri).name}.json").is_file():
             local_path(uri, what)
         named = list(kept_name(config, recipe, manifests))
-        found = [Kept(shelf, named[0]).load()]
+        kept = Kept(shelf, named[0])
+        found = [kept.load()]
+        if found[0] is not None:
+            kept.bring()
     if dist.is_initialized():
         dist.broadcast_object_list(named, src=0)
     kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)

@@ -266,7 +266,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     remote = where.rstrip("/") if kind == "s3" else None
 
     def checkpoints_at(place_of: str) -> Checkpoints:
-        return Checkpoints(
+        shelf = Checkpoints(
             disk / place_of,
             f"{remote}/{place_of}" if remote else None,
             keep_last=config.paths.checkpoints.keep_last,
@@ -274,6 +274,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             concurrency=config.storage.workers,
             part_mb=config.storage.part_size_mb,
         )
+        progress.shelves.append(shelf)
+        return shelf
 
     checkpoints = checkpoints_at(name)
     weighting = Weighting(recipe)
@@ -384,8 +386,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             saved = step
             say(f"save      step {step}: {checkpoints.folder / f'step-{step}'}")
         if seen.stop and step < total:
-            checkpoints.close()
-            tracker.finish("KILLED")
             raise Stopped(f"after step {step}")
     train_seconds = time.monotonic() - began_steps
 
@@ -401,7 +401,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         )
     if config.paths.checkpoints.save_final:
         export(model, spec, checkpoints, base, place)
-    checkpoints.close()
+    progress.close()
     tracker.finish("FINISHED")
     if record and args.summary:
         summary = {
@@ -497,10 +497,14 @@ def main(argv: list[str] | None = None) -> int:
         args.exit_file.unlink(missing_ok=True)
     text = ""
     try:
-        code = run(args, stop, progress)
-    except Stopped as reached:
-        code, progress.cause = RESUME_ME, stop.cause or "another rank's signal"
-        say(f"train     stopped {reached} ({progress.cause}), saved; next: the same command goes on")
+        try:
+            code = run(args, stop, progress)
+        except Stopped as reached:
+            code, progress.cause = RESUME_ME, stop.cause or "another rank's signal"
+            progress.close()
+            if progress.tracker:
+                progress.tracker.finish("KILLED")
+            say(f"train     stopped {reached} ({progress.cause}), saved; next: the same command goes on")
     except Exception as error:
         log = args.exit_file.with_name(f"traceback-rank-{rank}.log") if args.exit_file else None
         code, progress.cause, text = failure(error, rank, log)
