@@ -45,6 +45,14 @@ start_afresh() {
   rm -- "$RUN_DIR/summary.json"
 }
 
+# Known now, so not found out by the bucket in the middle of an upload.
+need_room() {
+  local free
+  free=$(df --output=avail -B1000000 "$BUILD" | tail -n 1)
+  ((free >= 500)) || die 10 "$BUILD: $((free)) MB free" 'bucket, models and checkpoints of a mini-test take up to 500 MB' \
+    'make room, or: make clean'
+}
+
 make_app() {
   mkdir -p "$RUN_DIR" "$WMTP_APP_ROOT"/{models,checkpoints,mlruns_test,logs}
   ln -sfn "$ROOT/datasets" "$WMTP_APP_ROOT/datasets"
@@ -80,7 +88,8 @@ main() {
   export RUN_NAME=${RUN_NAME:-minitest-$ALGO-$(git -C "$ROOT" rev-parse --short=7 HEAD 2>/dev/null || echo 0000000)-$digest}
   export RUN_DIR=$BUILD/$RUN_NAME
   log minitest "$RUN_NAME: models, bucket, dry run, sync, vocabularies, training on this machine"
-  mkdir -p "$BUILD"
+  mkdir -p "$BUILD" 2>/dev/null || die 10 "$BUILD can't be written" 'the run keeps its files there' 'make it writable'
+  need_room
   exec 9>"$BUILD/.lock"
   flock -n 9 || die 1 "another minitest runs in $BUILD" 'one at a time: they share the folder' 'wait for it, or stop it'
   start_afresh

@@ -150,6 +150,12 @@ def test_one_valid_head_weighs_one_and_what_is_masked_never_matters() -> None:
     assert loss == 1 and ce.grad is not None and torch.isfinite(ce.grad).all()
 
 
+def test_weights_carry_no_gradient_even_if_they_could() -> None:
+    ce, w = torch.rand(1, 2, H, requires_grad=True), torch.rand(1, 2, H, requires_grad=True)
+    o.weighted_loss(ce, w, torch.ones(1, 2, H, dtype=torch.bool)).backward()
+    assert ce.grad is not None and w.grad is None
+
+
 def test_ties_with_the_last_kept_are_kept() -> None:
     score = torch.tensor([[[3.0, 1.0, 1.0, 0.0]]])
     w = o.token_skip_weights(score, torch.ones(1, 1, 4, dtype=torch.bool), skip_percentile=0.5, mix=1.0)

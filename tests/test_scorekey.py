@@ -63,7 +63,7 @@ def test_what_the_scores_depend_on_is_in_the_name(app: Path) -> None:
         "datasets/wmtp_code/a.jsonl",
     ):
         kept = (app / file).read_text()
-        (app / file).write_text("other")
+        (app / file).write_text(kept[::-1])  # of the same size
         names.add(name_of("critic_wmtp"))
         (app / file).write_text(kept)
     assert len(names) == 13 and name_of("critic_wmtp") == first
