@@ -16,7 +16,7 @@ export ALGO=${ALGO:-critic-wmtp}
 
 # The line of the run's log with which each stage begins.
 declare -A BEGINS=([start]='' [models]='minitest  models' [publish]='publish   3 models' [dryrun]='minitest  dryrun'
-  [sync]='Download' [vocabularies]='vocab     ' [scoring]='score     .* is not kept' [pretrain]='pretrain  step 1/'
+  [sync]='sync .*Download' [vocabularies]='vocab     ' [scoring]='score     .* is not kept' [pretrain]='pretrain  step 1/'
   [train]='Step 3/' [save]='Step 5/' [end]='Step 12/')
 ORDER=(start models publish dryrun sync vocabularies scoring pretrain train save end)
 
@@ -83,7 +83,7 @@ round() {
     kill -INT -- "-$pid" 2>/dev/null || true
   else
     mapfile -t victims < <(alive "$mark")
-    victim=${victims[RANDOM % ${#victims[@]}]:-}
+    victim=${victims[RANDOM % (${#victims[@]} + (${#victims[@]} == 0))]:-0}
     log soak "kill -9 $(ps -o args= -p "$victim" | cut -c1-100)"
     kill -KILL "$victim" 2>/dev/null || true
   fi

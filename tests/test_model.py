@@ -789,13 +789,14 @@ def half_worker(rank: int, folder: str) -> None:
     x = torch.arange(8)[None]
     labels, mask = oracle_labels(x, torch.zeros_like(x), 3)
     out = model(x, torch.zeros_like(x), labels, mask, mask.sum(), Weighing(rule, {"ref_aligned": exact}, 0.9))
+    assert out.loss is not None and out.value_bs is not None
     (out.loss + (out.value_bs - 1).square().mean()).backward()
     seen |= {
         "whole": torch.equal(seen.pop("ref").view_as(exact), exact),
         "value": out.value_bs.dtype,
-        "head": model.value_head.weight.grad.dtype,
-        "trunk": model.layers[0].mlp.up_proj.weight.grad.dtype,
+        **{name: p.grad.dtype for name, p in model.named_parameters() if p.grad is not None},
     }
+    assert "value_head.weight" in seen and "layers.0.mlp.up_proj.weight" in seen
     torch.save(seen, f"{folder}/seen.pt")
     dist.destroy_process_group()
 
