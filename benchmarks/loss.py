@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/loss.py [--lengths 256 512 1024 2048] [--pairs 9] [--dtype float32]
 
 Forward and backward of a rho1-weighted loss, hidden states in, gradients of hidden states and unembedding out. Time:
-the ways take turns in one process. Memory: each way runs once in a process of its own; the peak of resident memory above
-what was there before. Targets: memory at most 0.35 of naive at S 512, time at most naive's.
+the ways take turns in one process. Memory: each way runs once in a process of its own; the peak of resident memory
+above what was there before. Targets: memory at most 0.35 of naive at S 512, time at most naive's.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ main() {
   if [[ $ENV == test ]]; then log startup 'test: no sync'; else
     stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}"
   fi
-  stage vocabularies "$ROOT/scripts/check_vocab.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}" >"$app/logs/$RUN_NAME/vocab.json"
+  stage vocabularies "$ROOT/scripts/check_vocab.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}" >"$app/logs/$RUN_NAME/.vocab.json"
+  mv -f -- "$app/logs/$RUN_NAME/.vocab.json" "$app/logs/$RUN_NAME/vocab.json"
   train
 }
 

@@ -29,11 +29,14 @@ stage() {
   log minitest "$name ok, ${seconds[$name]} s"
 }
 
+keep() { cp -- "$1" "$RUN_DIR/.$2" && mv -f -- "$RUN_DIR/.$2" "$RUN_DIR/$2"; }
+
 # What the startup script left: its standard output is the sync's JSON lines, then the path of the trainer's summary.
 collect() {
   grep '^{' "$RUN_DIR/startup.out" >"$RUN_DIR/sync.jsonl"
-  cp "$(tail -n 1 "$RUN_DIR/startup.out")" "$RUN_DIR/train.json"
-  cp "$WMTP_APP_ROOT/logs/$RUN_NAME"/{vocab,exit}.json "$RUN_DIR/"
+  keep "$(tail -n 1 "$RUN_DIR/startup.out")" train.json
+  keep "$WMTP_APP_ROOT/logs/$RUN_NAME/vocab.json" vocab.json
+  keep "$WMTP_APP_ROOT/logs/$RUN_NAME/exit.json" exit.json
 }
 
 # A finished run of this name is done work; a new minitest means to see all of it again. summary.json goes last, so that a

@@ -174,8 +174,8 @@ def test_a_transfer_of_which_no_byte_arrives_is_given_up_with_12(tmp_path: Path)
         "-m",
         "wmtp.manifest",
         "accept",
-        tmp_path / "m.json",
-        tmp_path / "staging",
+        str(tmp_path / "m.json"),
+        str(tmp_path / "staging"),
         "--stall",
         "1",
     ]
