@@ -80,7 +80,8 @@ round() {
   sleep "0.$((RANDOM % 9))"
   began=$SECONDS
   if [[ $signal == INT ]]; then
-    kill -INT -- "-$pid" 2>/dev/null || true
+    # The group is there a moment after its first process.
+    until kill -INT -- "-$pid" 2>/dev/null || ! kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
   else
     mapfile -t victims < <(alive "$mark")
     victim=${victims[RANDOM % (${#victims[@]} + (${#victims[@]} == 0))]:-0}

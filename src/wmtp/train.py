@@ -306,7 +306,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         scored = (held, scores["eval"]) if held else None
         stage1 = checkpoints_at(f"{name}/pretrain")
         pretrain_value_head(model, rows, scores["train"], scored, config, recipe, stage1, place, stop)
-        optimizer = adamw(model, recipe)
     total = math.ceil(len(rows.rows) * recipe.train.num_epochs / rows_per_step)
     total = step if state["ended"] else min(total, recipe.train.max_steps or total)
     say(
