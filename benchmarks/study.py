@@ -243,7 +243,7 @@ def study_reward(seeds: int, steps: int) -> None:
     found = [reward_run(seed, steps) for seed in range(seeds)]
     print(f"\n(b) one token earns the reward: {steps} steps of stage 1, {steps // 4} of stage 2, {seeds} seeds\n")
     print(
-        "| seed | stage 1: weightiest token is the prize | its weight | of the others | stage 2: prize | weight | others |"
+        "| seed | stage 1: weightiest is the prize | its weight | of the others | stage 2: the same | weight | others |"
     )
     print("| --- " * 7 + "|")
     averages = [tuple(statistics.mean(f[stage][i] for f in found) for i in range(3)) for stage in range(2)]
