@@ -7,6 +7,7 @@ model that is ready. Shape letters as in `wmtp.objective`: N rows of a set, S po
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -389,6 +390,8 @@ def load_scores(
         dist.broadcast_object_list(named, src=0)
     kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)
     rows = {name: corpus.rows for name, corpus in sets.items()}
+    reference: MTPModel | None = None
+    judge: RewardModel | None = None
     if made:
         folder = local_path(uri, what)
         say(f"score     {named[0]} is not kept: {folder.name} reads {sum(len(r) for r in rows.values())} rows")
@@ -403,6 +406,10 @@ def load_scores(
                 judge = RewardModel(spec)
             fill(judge, lambda: {**load_reward_state(folder, spec)})
             score_rewards(judge, sets, tokenizer, recipe.critic.reward_template, kept, size, named[1], place, stop)
+    reference = judge = None  # sharded modules refer to each other: only the collector frees them
+    gc.collect()
+    if place.device.type == "cuda":
+        torch.cuda.empty_cache()
     scores = kept.load()
     if scores is None:
         raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
