@@ -51,7 +51,7 @@ def of_folder(root: Path) -> Iterator[str]:
         if link.is_symlink() and not link.exists():
             yield f"{link}: points nowhere"
     for file in root.rglob("*.json"):
-        if not in_staging(file.relative_to(root)):
+        if not in_staging(file.relative_to(root)) and not file.name.startswith("."):  # a dot is no final name
             try:
                 json.loads(file.read_text())
             except ValueError as error:
