@@ -13,7 +13,7 @@ $(call refuse,ALGO,$(ALGOS))
 $(call refuse,LAUNCHER,$(LAUNCHERS))
 
 # Only what the caller set travels on: each script knows its own defaults.
-export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET SEED SEEDS STEPS STAGES SIGNALS
+export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET RUN_ID RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
 
 STAMP := .venv/.installed
 
@@ -50,6 +50,42 @@ check-vocab: $(STAMP) ## one vocabulary in all models of the run (CONFIG= RECIPE
 .PHONY: publish-models
 publish-models: $(STAMP) ## models to the bucket, manifest last (FROM=dir [NAMES=…])
 	@scripts/publish_models.sh --from "$(FROM)" $(NAMES)
+
+.PHONY: deploy
+deploy: $(STAMP) ## dry run, build, push, submit, follow to the tenth step, report (ENV= ALGO=; DRY_RUN=1 only tells)
+	@scripts/deploy.sh
+
+.PHONY: build
+build: $(STAMP) ## the image of this revision (ENV=)
+	@scripts/build.sh
+
+.PHONY: push
+push: $(STAMP) ## the image to the registry; a token on standard input logs in (ENV=)
+	@scripts/push.sh
+
+.PHONY: submit
+submit: $(STAMP) ## one run of the pushed image, created once per name (ENV= ALGO= RESUME=1)
+	@scripts/submit.sh
+
+.PHONY: status
+status: $(STAMP) ## how a run stands (RUN_ID=name or number; default: the newest of this checkout)
+	@scripts/status.sh
+
+.PHONY: logs
+logs: $(STAMP) ## the last lines of a run (RUN_ID= TAIL=200 FOLLOW=1)
+	@scripts/logs.sh
+
+.PHONY: stop
+stop: $(STAMP) ## end a run (RUN_ID=)
+	@scripts/stop.sh
+
+.PHONY: resume
+resume: $(STAMP) ## a new run that goes on from an ended one's checkpoints (RUN_ID=)
+	@scripts/resume.sh
+
+.PHONY: watch
+watch: $(STAMP) ## stay with a run and submit it again when it was preempted (RUN_ID=)
+	@scripts/watch.sh
 
 .PHONY: test
 test: $(STAMP) ## pytest and bats, on one embedded bucket

@@ -21,7 +21,7 @@ main() {
   PATH=$PWD/.venv/bin:$PATH
   local -a shell docker=()
   mapfile -t shell < <(git ls-files --cached --others --exclude-standard -- '*.sh' '*.bash' .ci/run 'bats/stubs/*')
-  mapfile -t docker < <(git ls-files -- Dockerfile)
+  mapfile -t docker < <(git ls-files --cached --others --exclude-standard -- Dockerfile)
   if [[ ${1:-} == --fix ]]; then
     check ruff ruff check -q --fix .
     check 'ruff format' ruff format -q .

@@ -36,7 +36,8 @@ children_of() {
 # run_child COMMAND…: waits for its end, however often a signal interrupts the wait.
 run_child() {
   local again seen waited=0
-  "${tied[@]}" "$@" &
+  # Said by name, standard input stays: bash gives background children /dev/null.
+  "${tied[@]}" "$@" <&0 &
   child=$!
   while
     seen=$signals again=0

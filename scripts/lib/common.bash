@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by every stage: log die need_env need_cmd act retry, ROOT, PATH. Nothing that only one stage uses.
+# Sourced by every stage: log die refuse need_env need_cmd no_arguments act retry, ROOT, PATH. Nothing that only one stage
+# uses.
 # STAGE (default: the script's name) is the first word of each line on standard error.
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
   echo "FAIL  bash $BASH_VERSION is too old: 4.4 or later (macOS: brew install bash)" >&2
@@ -30,11 +31,24 @@ die() {
   exit "$code"
 }
 
+# refuse CODE WHAT [RULE] [NEXT]: what ends a stage, but not a rehearsal of it: DRY_RUN=1 says so and goes on.
+refuse() {
+  [[ ${DRY_RUN:-} == 1 ]] || die "$@"
+  log "$STAGE" "would refuse: $2${4:+ (next: $4)}"
+}
+
+# filled NAME: whether the variable holds anything; its value is in no trace of `bash -x`.
+filled() {
+  [[ -v $1 ]] || return 1
+  local -n value_of=$1
+  ((${#value_of}))
+}
+
 # need_env NAME…: each is set and not empty; the value is never shown.
 need_env() {
   local name
   for name in "$@"; do
-    [[ -n ${!name:-} ]] ||
+    filled "$name" ||
       die 3 "$name is not set" 'the environment carries what the repository may not' "export $name=…, then again"
   done
 }
@@ -43,6 +57,15 @@ need_env() {
 need_cmd() {
   command -v -- "$1" >/dev/null ||
     die 3 "$1 is not installed" 'every tool that a stage needs is looked for before it starts' "${2:-rm -rf .venv && make install}"
+}
+
+# no_arguments FILE "$@": for a stage that takes all from its environment; --help prints its header and ends it.
+no_arguments() {
+  case ${2:-} in
+    '') ;;
+    -h | --help) usage "$1" && exit 0 ;;
+    *) die 2 "$2: no arguments are known" 'the environment says what to do' "scripts/${1##*/} --help" ;;
+  esac
 }
 
 # act COMMAND…: what changes the world outside; DRY_RUN=1 prints it instead.

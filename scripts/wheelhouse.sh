@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Usage: scripts/wheelhouse.sh PYTHON      (for example 3.12: the minor version of the image's interpreter)
+# Downloads the wheels of the image into build/wheelhouse/PYTHON: locked/ with hashes from requirements/run.txt, torch/ with
+# what torch brings beside it, uv/ to install them. What is there already is kept: the second call asks no index.
+# Environment: PIP_FIND_LINKS (a folder of wheels that torch may come from), as pip knows it.
+# Standard output: the folder and the key of its content, with a tab between.
+# Exit codes: 0 done, 2 bad input, 3 a tool is missing, 10 no room, 11 the package index does not answer.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+STAGE=wheels
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
+
+# key PYTHON: what the wheels depend on.
+key() {
+  { cat requirements/{run,torch,uv}.txt && printf '%s\n' "$1" "${PIP_FIND_LINKS:-}"; } | sha256sum | cut -c1-16
+}
+
+# flat PYTHON FILE OPTION…: what of a requirements file holds on the image's platform, whatever this machine is; pip itself
+# would judge the markers by this machine.
+flat() {
+  uv pip compile -q --no-header --no-annotate --python-platform x86_64-manylinux_2_28 --python-version "$1" \
+    ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "${@:3}" "$2"
+}
+
+# fetch PYTHON FOLDER FILE: exactly these wheels, no others.
+fetch() {
+  python -m pip download -qq --disable-pip-version-check --only-binary=:all: --no-cache-dir --no-deps \
+    --python-version "$1" --implementation cp --abi "cp${1/./}" --abi abi3 --abi none \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_26_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 \
+    --platform manylinux2010_x86_64 --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64 --platform linux_x86_64 \
+    -d "$2" -r "$3" >&2
+}
+
+# fetch_all PYTHON FOLDER: the lock keeps its hashes; of torch's wheels only those that the lock doesn't have.
+fetch_all() {
+  local python=$1 folder=$2
+  flat "$python" requirements/run.txt --generate-hashes >"$folder/locked.txt" || return
+  flat "$python" requirements/uv.txt --generate-hashes >"$folder/uv.txt" || return
+  flat "$python" requirements/torch.txt --constraint requirements/run.txt >"$folder/with-torch.txt" || return
+  grep -vxFf <(grep -oE '^[^ ]+==[^ ]+' "$folder/locked.txt") "$folder/with-torch.txt" >"$folder/torch.txt" || return
+  fetch "$python" "$folder/locked" "$folder/locked.txt" || return
+  fetch "$python" "$folder/uv" "$folder/uv.txt" || return
+  fetch "$python" "$folder/torch" "$folder/torch.txt"
+}
+
+main() {
+  case ${1:-} in
+    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
+  esac
+  [[ ${1:-} =~ ^3\.1[0-9]$ && $# == 1 ]] || die 2 "PYTHON '${1:-}'" 'the minor version of the image, as 3.12' 'scripts/wheelhouse.sh 3.12'
+  need_cmd python
+  need_cmd uv
+  cd "$ROOT"
+  local python=$1 folder=build/wheelhouse/$1 wanted began=$SECONDS
+  wanted=$(key "$python")
+  if [[ $(cat "$folder/key" 2>/dev/null || true) != "$wanted" ]]; then
+    log wheels "for Python $python: the lock, torch and what it brings, into $folder"
+    rm -rf -- "$folder"
+    mkdir -p "$folder"/{locked,torch,uv} 2>/dev/null || die 10 "$folder can't be written" 'wheels need up to 4 GB' 'make it writable'
+    fetch_all "$python" "$folder" ||
+      die 11 'the wheels could not be downloaded (lines above)' 'the image is built from the lock, on this machine' \
+        'is the package index reachable, is there room? then again'
+    printf '%s\n' "$wanted" >"$folder/key"
+    log wheels "ok: $(du -sm "$folder" | cut -f1) MB in $((SECONDS - began)) s"
+  fi
+  printf '%s\t%s\n' "$folder" "$wanted"
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

@@ -1,0 +1,223 @@
+"""The run file of the cluster: `docker/vessl.yaml` filled from configuration and recipe, and what the run will cost.
+
+    python -m wmtp.runfile --config F --recipe F --env production --run-name N --image R@sha256:… [--output run.yaml]
+
+Standard output: what a person is asked about before a submission, a line each. Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from wmtp import config as settings
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "docker" / "vessl.yaml"
+SCHEMA = ROOT / "docker" / "run.schema.json"
+IN_IMAGE = ("configs/", "tests/configs/")
+
+# GB of the plan's models, for the question before a submission; the bucket itself is asked by the sync.
+MODEL_GB = {"llama-7b-mtp": 27.0, "starling-rm-7b": 26.0, "sheared-llama-2.7b": 10.0}
+# Dollars a GB that leave a bucket of AWS for the internet (first 10 TB a month, list price of 2025).
+EGRESS_PER_GB = 0.09
+
+
+class Refused(ValueError):
+    """Value, rule and next step, a line each."""
+
+
+def fill(node: Any, values: Mapping[str, Any], path: str = "") -> Any:
+    """The template with each scalar ``${NAME}`` replaced; None where there is nothing to fill in."""
+    if isinstance(node, CommentedMap):
+        for key in list(node):
+            filled = fill(node[key], values, f"{path}{key}.")
+            if filled is None:
+                del node[key]
+            else:
+                quoted = path == "env." and isinstance(filled, str)
+                node[key] = DoubleQuotedScalarString(filled) if quoted else filled
+        return node if node else None
+    if isinstance(node, CommentedSeq):
+        kept = [fill(item, values, path) for item in node]
+        node[:] = [item for item in kept if item is not None]
+        return node
+    if isinstance(node, str) and (named := re.fullmatch(r"\$\{([A-Z_]+)\}", node)):
+        if named[1] not in values:
+            raise Refused(f"{TEMPLATE.name}: {node}: not known\nrule  a template names {', '.join(sorted(values))}")
+        return values[named[1]] if values[named[1]] not in ("", [], None) else None
+    return node
+
+
+def of_image(name: str, file: str, chosen: bool) -> str | None:
+    """A file that was chosen by hand, as the image has it; None where the name is found by ENV and ALGO."""
+    if not chosen:
+        return None
+    path = Path(file)
+    inside = str(path.resolve().relative_to(ROOT)) if path.resolve().is_relative_to(ROOT) else file
+    if not inside.startswith(IN_IMAGE):
+        raise Refused(
+            f"{name}={file}: not in the image\nrule  the image holds {' and '.join(IN_IMAGE)} of the checkout"
+            f"\nnext  put it there: cp '{file}' configs/, then build again"
+        )
+    return inside
+
+
+def render(
+    config: settings.Config,
+    recipe: settings.Recipe,
+    *,
+    env: str,
+    run_name: str,
+    image: str,
+    revision: str,
+    config_file: str | None = None,
+    recipe_file: str | None = None,
+    overrides: Sequence[str] = (),
+    max_hours: str | None = None,
+) -> str:
+    """The text of the run file, checked against the schema."""
+    launcher, storage = config.launcher, config.storage
+    for key in ("cluster", "preset"):
+        if not getattr(launcher, key):
+            raise Refused(
+                f"launcher.{key}: not set\nrule  VESSL wants a cluster and a preset"
+                f"\nnext  set launcher.{key} in the configuration (vessl cluster list, vessl resource list)"
+            )
+    if launcher.volume and not re.fullmatch(r"volume://[^/\s]+/\S+", launcher.volume):
+        raise Refused(
+            f"launcher.volume: {launcher.volume}\nrule  volume://STORAGE/NAME, as `vessl volume` lists them"
+            "\nnext  for example launcher.volume: volume://cluster-nfs/wmtp-models-cache"
+        )
+    values = {
+        "RUN_NAME": run_name,
+        "DESCRIPTION": f"{recipe.train.algo}, {env}, revision {revision}",
+        "TAGS": CommentedSeq(["vessl", env, recipe.train.algo]),
+        "CLUSTER": launcher.cluster,
+        "PRESET": launcher.preset,
+        "IMAGE": image,
+        "VOLUME": launcher.volume,
+        "ENV": env,
+        "ALGO": recipe.train.algo,
+        "CONFIG": config_file,
+        "RECIPE": recipe_file,
+        "SET": " ".join(overrides),
+        "MAX_HOURS": max_hours or (f"{launcher.max_hours:g}" if launcher.max_hours else None),
+        "BUCKET": storage.bucket,
+        "ENDPOINT": storage.endpoint,
+        "REGION": storage.region,
+    }
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    filled = fill(yaml.load(TEMPLATE.read_text("utf-8")), values)
+    # The template's own head speaks of the template.
+    filled.yaml_set_start_comment(f"{run_name}, filled from docker/vessl.yaml: edit that, not this.")
+    out = io.StringIO()
+    yaml.dump(filled, out)
+    check(out.getvalue())
+    return out.getvalue()
+
+
+def check(text: str) -> None:
+    """Refuse what the schema refuses, all findings at once."""
+    data = YAML(typ="safe").load(text)
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text("utf-8")))
+    findings = [
+        f"{'.'.join(map(str, e.absolute_path)) or 'run file'}: {e.message}" for e in validator.iter_errors(data)
+    ]
+    if findings:
+        raise Refused(
+            "\n".join([*findings, "rule  docker/run.schema.json", "next  mend the value, or docker/vessl.yaml"])
+        )
+
+
+def hours_of(config: settings.Config, max_hours: str | None) -> float | None:
+    """The limit of a run in hours; MAX_HOURS wins over launcher.max_hours."""
+    if max_hours is None:
+        return config.launcher.max_hours
+    if not re.fullmatch(r"\d{1,4}(\.\d+)?", max_hours) or float(max_hours) <= 0:
+        raise Refused(f"MAX_HOURS={max_hours}\nrule  a number of hours above 0\nnext  MAX_HOURS=24")
+    return float(max_hours)
+
+
+def summary(config: settings.Config, recipe: settings.Recipe, image: str, max_hours: str | None) -> list[str]:
+    """What will run, from where, for how long at most and for how much."""
+    launcher = config.launcher
+    names = [uri.rstrip("/").rpartition("/")[2] for uri in settings.needed_models(config, recipe).values()]
+    known = [MODEL_GB[name] for name in names if name in MODEL_GB]
+    size = f"{sum(known):.1f} GB" if len(known) == len(names) else "size not known here"
+    egress = ""
+    if len(known) == len(names) and not config.storage.endpoint:
+        egress = f" (about ${sum(known) * EGRESS_PER_GB:.2f} egress)"
+    hours = hours_of(config, max_hours)
+    limit = f"at most {hours:g} h" if hours else "no limit of hours (set launcher.max_hours or MAX_HOURS)"
+    cost = "price not known (set launcher.price_per_hour)"
+    if launcher.price_per_hour is not None:
+        cost = f"about ${launcher.price_per_hour:.2f} an hour"
+        if hours:
+            cost = f"about ${hours * launcher.price_per_hour:.2f}"
+    return [
+        f"{image}, {launcher.resources.gpus} x {launcher.resources.gpu_type} on {launcher.cluster} ({launcher.preset})",
+        f"models {', '.join(names)}: {size} from {config.storage.bucket} in {config.storage.region}{egress}",
+        f"{limit}, {cost}",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wmtp.runfile", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--recipe", required=True, metavar="FILE")
+    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="overrides")
+    parser.add_argument("--env", required=True, help="minitest or production")
+    parser.add_argument("--run-name", required=True)
+    parser.add_argument("--image", required=True, help="by digest: REPOSITORY@sha256:…")
+    parser.add_argument("--revision", default="0000000")
+    parser.add_argument("--named", action="append", default=[], choices=["CONFIG", "RECIPE"], help="was chosen by hand")
+    parser.add_argument("--output", type=Path, help="where the run file goes, whole or not at all")
+    args = parser.parse_args(argv)
+    max_hours = os.environ.get("MAX_HOURS") or None
+    try:
+        config, recipe = settings.load_pair(args.config, args.recipe, args.overrides, env=args.env)
+        lines = summary(config, recipe, args.image, max_hours)
+        text = render(
+            config,
+            recipe,
+            env=args.env,
+            run_name=args.run_name,
+            image=args.image,
+            revision=args.revision,
+            config_file=of_image("CONFIG", args.config, "CONFIG" in args.named),
+            recipe_file=of_image("RECIPE", args.recipe, "RECIPE" in args.named),
+            overrides=args.overrides,
+            max_hours=max_hours,
+        )
+    except (settings.ConfigError, Refused) as error:
+        text = str(error)
+        if isinstance(error, Refused):
+            text = "submit    FAIL  " + text.replace("\n", "\n          ")
+        print(text, file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        half = args.output.with_name(f".{args.output.name}.{os.getpid()}")
+        half.write_text(text, "utf-8")
+        half.replace(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
