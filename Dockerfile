@@ -21,7 +21,8 @@ RUN if ! command -v tini "python${PYTHON}" update-ca-certificates >/dev/null; th
       DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates tini "python${PYTHON}" && \
       apt-get clean && rm -rf /var/lib/apt/lists/*; \
     fi && \
-    ln -sf "$(command -v "python${PYTHON}")" /usr/local/bin/python && \
+    found="$(command -v "python${PYTHON}")" && \
+    ln -sf "$found" /usr/local/bin/python && ln -sf "$found" /usr/local/bin/python3 && \
     ln -sf "$(command -v tini)" /usr/local/bin/tini && \
     useradd --uid 10001 --user-group --home-dir /app --shell /bin/bash wmtp && \
     rm -rf /var/log/* /var/cache/ldconfig/* && \

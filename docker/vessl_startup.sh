@@ -4,6 +4,7 @@
 # laptop with WMTP_APP_ROOT set to another folder than /app.
 #   ENV_MODE   production, minitest or test (test: no sync, one process)     WMTP_ALGO  baseline-mtp, rho1-wmtp, critic-wmtp
 #   LAUNCHER   local, docker or vessl    CONFIG, RECIPE  other files than those chosen by name    SET  "key=value …"
+#   MAX_HOURS  saves and ends with 75 after so many hours (default: launcher.max_hours)
 #   RUN_NAME   the same name is the same work: it goes on from its newest checkpoint    WMTP_APP_ROOT, S3_*, AWS_*
 # Standard output: the sync's JSON lines, then the path of summary.json (beside it: vocab.json, exit.json).
 # Standard error: the story.
@@ -34,6 +35,7 @@ stage() {
 # leave CODE [WHAT [RULE]]: the last line says what to do.
 leave() {
   local next
+  if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}" 'a run ends with its hours, saved'; fi
   case $1 in
     2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
     3) next='install or set what is named above (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, S3_BUCKET_NAME), start again' ;;
@@ -57,21 +59,52 @@ prepare() {
   overrides
   # shellcheck disable=SC2153  # ENV is set by choose_settings
   export ENV ALGO LAUNCHER
-  local values
+  local values hours
   values=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" \
-    --get launcher.resources.gpus digest) || leave 2 "$CONFIG with $RECIPE can't be used"
-  { read -r ranks && read -r digest; } <<<"$values"
+    --get launcher.resources.gpus launcher.max_hours digest) || leave 2 "$CONFIG with $RECIPE can't be used"
+  { read -r ranks && read -r hours && read -r digest; } <<<"$values"
+  hours=${MAX_HOURS:-$hours}
+  [[ -z $hours || $hours =~ ^[0-9]{1,4}(\.[0-9]+)?$ ]] || leave 2 "MAX_HOURS=$hours" 'a number of hours'
+  if [[ $ENV != test ]]; then need_credentials; fi
   RUN_NAME=${RUN_NAME:-$ENV-$ALGO-$(revision)-$digest}
   local folder
   for folder in models datasets checkpoints mlruns logs/"$RUN_NAME"; do
     mkdir -p "$app/$folder" 2>/dev/null || leave 10 "$app/$folder: can't be written" 'the run keeps its files there'
   done
-  [[ -w $app/logs/$RUN_NAME ]] || leave 10 "$app/logs/$RUN_NAME: can't be written" 'the run keeps its files there'
+  # A full disk still makes folders: only a written byte proves room.
+  { head -c 1000000 /dev/zero >"$app/logs/$RUN_NAME/.room"; } 2>/dev/null ||
+    leave 10 "$app/logs/$RUN_NAME: can't be written, $(free_mb "$app") MB free" 'the run keeps its files there'
+  rm -f -- "$app/logs/$RUN_NAME/.room"
+  if [[ -n $hours ]]; then limit_hours "$hours"; fi
+}
+
+free_mb() { df -Pk "$1" | awk 'NR == 2 {printf "%.0f", $4 * 1024 / 1e6}'; }
+
+# Where the credentials come from elsewhere (a profile, the node's own role), the two variables are not needed.
+need_credentials() {
+  local name
+  [[ -z ${AWS_PROFILE:-}${AWS_WEB_IDENTITY_TOKEN_FILE:-}${AWS_CONTAINER_CREDENTIALS_RELATIVE_URI:-} ]] || return 0
+  for name in AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do
+    filled "$name" || leave 3 "$name is not set" "docker/vessl.yaml takes it from a secret of the organization: wmtp-$(tr 'A-Z_' 'a-z-' <<<"$name")"
+  done
+}
+
+# limit_hours HOURS: then the run is told to end as by SIGTERM: it saves, and ends with 75. The service itself has no limit.
+limit_hours() {
+  local seconds
+  seconds=$(awk -v h="$1" 'BEGIN {printf "%.0f", h * 3600}')
+  over_time='' limit=$1
+  trap 'over_time=1; on_signal 75' USR1
+  # Clock and sleeper die with this script.
+  # shellcheck disable=SC2016
+  "${tied[@]}" bash -c 'seconds=$1 whom=$2; shift 2; "$@" sleep "$seconds"; kill -USR1 "$whom"' clock "$seconds" $$ "${tied[@]}" \
+    >/dev/null 2>&1 </dev/null &
+  log startup "at most $1 h (MAX_HOURS): then it saves and ends"
 }
 
 environment() {
   local key=no free
-  [[ -z ${AWS_ACCESS_KEY_ID:-} || -z ${AWS_SECRET_ACCESS_KEY:-} ]] || key=yes
+  if filled AWS_ACCESS_KEY_ID && filled AWS_SECRET_ACCESS_KEY; then key=yes; fi
   free=$(df -Pk "$app" | awk 'NR == 2 {printf "%.1f", $4 * 1024 / 1e9}')
   log startup "$RUN_NAME: $ENV, $ALGO, launcher $LAUNCHER, $CONFIG, $RECIPE"
   log startup "bucket ${S3_BUCKET_NAME:-wmtp} (${AWS_DEFAULT_REGION:-eu-north-1}${S3_ENDPOINT_URL:+, own endpoint}), credentials: $key; $app, $free GB free"

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 from ruamel.yaml import YAML
@@ -87,6 +88,7 @@ def render(
     recipe_file: str | None = None,
     overrides: Sequence[str] = (),
     max_hours: str | None = None,
+    endpoint: str | None = None,
 ) -> str:
     """The text of the run file, checked against the schema."""
     launcher, storage = config.launcher, config.storage
@@ -115,9 +117,9 @@ def render(
         "RECIPE": recipe_file,
         "SET": " ".join(overrides),
         "MAX_HOURS": max_hours or (f"{launcher.max_hours:g}" if launcher.max_hours else None),
-        "BUCKET": storage.bucket,
-        "ENDPOINT": storage.endpoint,
-        "REGION": storage.region,
+        "BUCKET": os.environ.get("S3_BUCKET_NAME") or storage.bucket,
+        "ENDPOINT": endpoint,
+        "REGION": os.environ.get("AWS_DEFAULT_REGION") or storage.region,
     }
     yaml = YAML()
     yaml.width = 4096
@@ -144,6 +146,22 @@ def check(text: str) -> None:
         )
 
 
+def for_engine(text: str, config: settings.Config) -> str:
+    """An engine's `--env-file` of the same run: image and GPUs as comments; secrets are named, the engine takes their values."""
+    run = YAML(typ="safe").load(text)
+    env = run["env"] | {"LAUNCHER": "docker"}
+    gpus = 0 if config.devices.compute_backend == "cpu" else config.launcher.resources.gpus
+    lines = [f"# image {run['image']}", f"# gpus {gpus}"]
+    return "\n".join([*lines, *(f"{k}={v}" if isinstance(v, str) else k for k, v in env.items())]) + "\n"
+
+
+def write_whole(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(f".{file.name}.{os.getpid()}")
+    half.write_text(text, "utf-8")
+    half.replace(file)
+
+
 def hours_of(config: settings.Config, max_hours: str | None) -> float | None:
     """The limit of a run in hours; MAX_HOURS wins over launcher.max_hours."""
     if max_hours is None:
@@ -151,6 +169,18 @@ def hours_of(config: settings.Config, max_hours: str | None) -> float | None:
     if not re.fullmatch(r"\d{1,4}(\.\d+)?", max_hours) or float(max_hours) <= 0:
         raise Refused(f"MAX_HOURS={max_hours}\nrule  a number of hours above 0\nnext  MAX_HOURS=24")
     return float(max_hours)
+
+
+def endpoint_of(config: settings.Config, *, reached_from_here: bool) -> str | None:
+    """The bucket's address as the node will use it; S3_ENDPOINT_URL wins over storage.endpoint."""
+    endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
+    host = urlsplit(endpoint).hostname if endpoint else None
+    if host and not reached_from_here and (host in ("localhost", "::1") or host.startswith("127.")):
+        raise Refused(
+            f"S3_ENDPOINT_URL={endpoint}: this machine's own address\nrule  the cluster reaches the bucket by it"
+            "\nnext  unset S3_ENDPOINT_URL, or name an address that the cluster sees"
+        )
+    return endpoint
 
 
 def summary(config: settings.Config, recipe: settings.Recipe, image: str, max_hours: str | None) -> list[str]:
@@ -187,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--revision", default="0000000")
     parser.add_argument("--named", action="append", default=[], choices=["CONFIG", "RECIPE"], help="was chosen by hand")
     parser.add_argument("--output", type=Path, help="where the run file goes, whole or not at all")
+    parser.add_argument("--env-file", type=Path, help="the same for a container engine on this machine: its --env-file")
     args = parser.parse_args(argv)
     max_hours = os.environ.get("MAX_HOURS") or None
     try:
@@ -203,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe_file=of_image("RECIPE", args.recipe, "RECIPE" in args.named),
             overrides=args.overrides,
             max_hours=max_hours,
+            endpoint=endpoint_of(config, reached_from_here=args.env_file is not None),
         )
     except (settings.ConfigError, Refused) as error:
         text = str(error)
@@ -212,10 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(lines))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        half = args.output.with_name(f".{args.output.name}.{os.getpid()}")
-        half.write_text(text, "utf-8")
-        half.replace(args.output)
+        write_whole(args.output, text)
+    if args.env_file:
+        write_whole(args.env_file, for_engine(text, config))
     return 0
 
 

@@ -1,0 +1,93 @@
+#!/usr/bin/env bats
+# What comes after a submission: status, logs, stop, resume, watch.
+
+load helpers
+
+setup_file() { cluster_file_setup; }
+setup() {
+  cluster_setup
+  submit >/dev/null 2>&1
+  unset ENV ALGO LAUNCHER
+}
+teardown() { cluster_teardown; }
+
+stage() { "$tree/scripts/$1.sh"; }
+
+# ended STATUS [LINE…]: run 7 as it ended, with its last lines.
+ended() {
+  "$repo/.venv/bin/python" -c 'import json, sys
+run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, open(sys.argv[1], "w"))' "$stub/runs/7.json" "$1"
+  printf '%s\n' "${@:2}" >"$stub/runs/7.log"
+}
+
+@test "status: number, name and status of the newest run, of a number, of a name" {
+  run -0 --separate-stderr stage status
+  [[ $output =~ ^7$'\t'minitest-critic-wmtp-abcdef0-[0-9a-f]{7}$'\t'(initializing|running) ]]
+  local name
+  name=$(cut -f2 <<<"$output")
+  rm "$tree/build/minitest/$name/run.id"
+  RUN_ID=$name run -0 --separate-stderr stage status
+  [[ $output == 7$'\t'"$name"* ]]
+  RUN_ID=7 run -0 --separate-stderr stage status
+  RUN_ID=99 run -2 --separate-stderr stage status
+  told_what_to_do
+}
+
+@test "logs: nothing so far is no failure; then the last lines; FOLLOW=1 stays until the end" {
+  run -0 --separate-stderr stage logs
+  [[ -z $output && $stderr == *'nothing so far'* ]]
+  FOLLOW=1 run -0 --separate-stderr stage logs
+  [[ $output == *'Step 1/12'*'Step 12/12'*'training ok'* ]]
+  [[ $(grep -c 'Step 5/12' <<<"$output") == 1 ]]
+  TAIL=2 run -0 --separate-stderr stage logs
+  [[ $(wc -l <<<"$output") == 2 ]]
+  TAIL=many run -2 --separate-stderr stage logs
+}
+
+@test "logs: a run that fails while initializing ends a follower with its reason" {
+  fault fails-initializing
+  FOLLOW=1 run -1 --separate-stderr stage logs
+  [[ $stderr == *ImagePullBackOff* ]]
+  told_what_to_do
+}
+
+@test "stop and resume: a new run of the same name with the same run file" {
+  run -0 --separate-stderr stage stop
+  [[ $output == terminated && $(status_of 7) == terminated ]]
+  run -0 --separate-stderr stage resume
+  [[ $output == 8 ]]
+  cmp "$stub/runs/7.yaml" "$stub/runs/8.yaml"
+  run -0 --separate-stderr stage resume
+  [[ $output == 8 && $(runs) == 2 ]]
+}
+
+@test "watch: a preempted run is submitted again, WATCH_MAX times at most" {
+  fault preempted
+  WATCH_MAX=1 run -75 --separate-stderr stage watch
+  [[ $(runs) == 2 && $stderr == *Preempted*'submitted again (1 of 1)'*'used up'* ]]
+  told_what_to_do
+}
+
+@test "watch: ends with the run that completes" {
+  run -0 --separate-stderr stage watch
+  [[ $output == 7 && $(runs) == 1 ]]
+}
+
+@test "watch: what a person stopped, what failed by itself, what used up its hours is left alone" {
+  ended failed 'startup   FAIL  vocabularies ended with 14 after 2 s'
+  run -14 --separate-stderr stage watch
+  [[ $stderr == *'its own fault (code 14)'* ]]
+  ended failed 'startup   FAIL  MAX_HOURS: 24 h are used up after 86400 s; training ended with 75 after 86000 s: step 9 SIGTERM'
+  run -75 --separate-stderr stage watch
+  [[ $stderr == *'hours are used up'* ]]
+  ended running 'Step 1/2'
+  run -0 --separate-stderr stage stop
+  run -143 --separate-stderr stage watch
+  [[ $stderr == *'a person stopped it'* && $(runs) == 1 ]]
+}
+
+@test "watch: a run that was told to end and saved is submitted again" {
+  ended failed 'Step 3/12' 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
+  run -0 --separate-stderr stage watch
+  [[ $output == 8 && $stderr == *'told to end and saved'* ]]
+}

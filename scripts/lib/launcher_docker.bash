@@ -1,0 +1,75 @@
+# This machine's own engine and GPUs, for those with a workstation: a run is a container of the run's name. To be sourced by
+# run.bash.
+# shellcheck shell=bash disable=SC2034
+
+SAID=''
+
+launcher_name() { printf 'the container engine\n'; }
+launcher_said() { tail -n 1 <<<"$SAID" | cut -c1-200; }
+
+launcher_open() {
+  if ! command -v docker >/dev/null; then
+    refuse 3 'docker is not installed' 'a run here is a container' 'install a container engine, or LAUNCHER=vessl'
+  elif ! timeout 20 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; then
+    refuse 3 "the container engine does not answer${DOCKER_HOST:+ at $DOCKER_HOST}" 'a run here is a container' 'start it, or set DOCKER_HOST'
+  fi
+}
+
+# launcher_check: what a container needs that the engine does not check before it runs.
+launcher_check() {
+  local name
+  for name in AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do need_env "$name"; done
+}
+
+launcher_runs() {
+  docker ps -a --no-trunc --filter label=wmtp.run --format '{{.ID}} {{.Names}} {{.Status}}' |
+    awk '{id = substr($1, 1, 12); status = "pending"}
+      $3 == "Up" {status = "running"}
+      $3 == "Exited" {status = $4 == "(0)" ? "completed" : "failed"}
+      {print id, $2, status}'
+}
+
+engine_command() {
+  local gpus image
+  image=$(sed -n 's/^# image //p' "$1") gpus=$(sed -n 's/^# gpus //p' "$1")
+  COMMAND=(docker run -d --name "$2" --label wmtp.run --network host --shm-size 16g --stop-timeout 600
+    -v wmtp-models-cache:/cache/models --env-file "$1")
+  if ((gpus)); then COMMAND+=(--gpus all); fi
+  COMMAND+=("$image")
+}
+
+# The secrets of the env file are names: the engine takes their values from this environment, no argument holds them.
+launcher_create() {
+  local file=${1%run.yaml}run.env rc=0
+  local -a COMMAND=()
+  if docker container inspect "$2" >/dev/null 2>&1; then
+    # The same container again: what it kept on its own disk is still there.
+    SAID=$(docker start "$2" 2>&1) || rc=$?
+  else
+    engine_command "$file" "$2"
+    SAID=$("${COMMAND[@]}" 2>&1) || rc=$?
+  fi
+  if ((rc)); then
+    docker rm "$2" >/dev/null 2>&1 || true
+    die 1 "$2 was not started: $(launcher_said)" 'the engine starts the container, with its GPUs' 'mend what it says, then again'
+  fi
+  NUMBER=$(docker container inspect --format '{{.Id}}' "$2" | cut -c1-12)
+}
+
+launcher_command() {
+  local -a COMMAND=()
+  engine_command "${1%run.yaml}run.env" "$NAME"
+  printf '%s\n' "${COMMAND[*]}"
+}
+
+launcher_read() {
+  docker container inspect --format '{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}' "$1" |
+    awk '{status = "pending"; reason = "exit code " $2}
+      $1 == "running" {status = "running"; reason = ""}
+      $1 == "exited" {status = $2 == 0 ? "completed" : "failed"}
+      {print status "\t" reason}'
+}
+
+launcher_logs() { docker logs --timestamps --tail "$2" "$1" 2>&1; }
+
+launcher_stop() { docker stop "$1" >/dev/null; }

@@ -1,0 +1,176 @@
+# One run by its name: its folder, its number, created once. To be sourced after common.bash, settings.bash.
+# A launcher is a file launcher_NAME.bash with launcher_open, launcher_check, launcher_runs, launcher_create, launcher_read,
+# launcher_logs, launcher_stop: what a stage says to a cluster goes through these.
+# shellcheck shell=bash disable=SC2034
+
+STATUSES_LIVE='pending initializing running stopping idle'
+NUMBER='' NAME='' RUN_DIR=''
+
+is_live() { [[ " $STATUSES_LIVE " == *" $1 "* ]]; }
+
+use_launcher() {
+  case $1 in
+    vessl)
+      # shellcheck source=scripts/lib/launcher_vessl.bash
+      source "$ROOT/scripts/lib/launcher_vessl.bash"
+      ;;
+    docker)
+      # shellcheck source=scripts/lib/launcher_docker.bash
+      source "$ROOT/scripts/lib/launcher_docker.bash"
+      ;;
+    *) die 2 "LAUNCHER=$1: its runs end with their command" 'vessl and docker have runs of their own' 'make minitest, or LAUNCHER=vessl' ;;
+  esac
+}
+
+# keep FILE TEXT: whole or not at all.
+keep() { printf '%s\n' "$2" >"$(dirname "$1")/.$(basename "$1").$$" && mv -f -- "$(dirname "$1")/.$(basename "$1").$$" "$1"; }
+
+# name_run: NAME and RUN_DIR of what ENV, ALGO and the settings say.
+name_run() {
+  local digest
+  digest=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --get digest) || exit 2
+  NAME=${RUN_NAME:-$ENV-$ALGO-$(revision)-$digest}
+  [[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] ||
+    die 2 "RUN_NAME=$NAME" 'letters, digits, ".", "_" and "-"; it names folders in the bucket' 'choose another RUN_NAME'
+  RUN_DIR=$ROOT/build/$ENV/$NAME
+}
+
+# find_run: the run that RUN_ID says (a name or a number), or the newest that this checkout submitted; sets NUMBER, NAME,
+# RUN_DIR, and opens its launcher.
+find_run() {
+  local wanted=${RUN_ID:-} file launcher=${LAUNCHER:-}
+  local -a files=()
+  mapfile -t files < <(cd "$ROOT" && { ls -t build/*/*/run.id 2>/dev/null || true; })
+  [[ -z $wanted || $wanted =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || die 2 "RUN_ID=$wanted" 'a run is named by its name or number' 'make status'
+  for file in "${files[@]}"; do
+    [[ $file != */latest/run.id && (-z ${ENV:-} || $file == "build/$ENV/"*) ]] || continue
+    NUMBER=$(<"$ROOT/$file") RUN_DIR=$ROOT/${file%/run.id}
+    NAME=${RUN_DIR##*/}
+    [[ -n $wanted && $wanted != "$NAME" && $wanted != "$NUMBER" ]] || break
+    NUMBER='' NAME='' RUN_DIR=''
+  done
+  if [[ -n $RUN_DIR && -z $launcher ]]; then
+    launcher=vessl
+    [[ ! -f $RUN_DIR/run.env ]] || launcher=docker
+  fi
+  use_launcher "${launcher:-vessl}"
+  if [[ -z $NUMBER ]]; then
+    [[ -n $wanted ]] || die 2 'no run was submitted from this checkout' 'RUN_ID names a run by its name or number' 'make status RUN_ID=…'
+    launcher_open
+    local runs
+    runs=$(launcher_runs)
+    read -r NUMBER NAME _ <<<"$(awk -v w="$wanted" '$1 == w || $2 == w {print; exit}' <<<"$runs")" || true
+    [[ -n $NUMBER ]] || die 2 "RUN_ID=$wanted: no such run" "neither this checkout nor $(launcher_name) knows it" 'make status without RUN_ID shows the newest'
+    file=$(compgen -G "$ROOT/build/*/$NAME" | head -n 1 || true) # elsewhere submitted, or its number was lost
+    RUN_DIR=${file:-}
+  else
+    launcher_open
+  fi
+}
+
+# same_name NAME: numbers and statuses of the runs of that name, newest first.
+same_name() { awk -v n="$1" '$2 == n {print $1, $3}' <<<"$2"; }
+
+# live_of: of such lines the oldest that lives.
+live_of() {
+  local number status found=''
+  while read -r number status; do
+    if [[ -n $number ]] && is_live "$status"; then found=$number; fi
+  done <<<"$1"
+  printf '%s\n' "$found"
+}
+
+# create_once FILE NAME FOLDER: the number of the one run of that name, in NUMBER; FOLDER/run.id keeps it.
+# A run that lives is not created again; an ended one only with RESUME=1.
+create_once() {
+  local file=$1 name=$2 folder=$3 runs known status kept try
+  exec 8>"$folder/.submit.lock"
+  if ! flock -n 8; then
+    log "$STAGE" "another submit of $name is at work; waiting for it"
+    flock -w 300 8 || die 1 "another submit of $name holds the lock for 300 s" 'one submits at a time' "see: fuser $folder/.submit.lock"
+  fi
+  runs=$(launcher_runs)
+  known=$(same_name "$name" "$runs")
+  NUMBER=$(live_of "$known")
+  kept=$(cat "$folder/run.id" 2>/dev/null || true)
+  # What is not in the list, but was created from here, is asked for by its number.
+  if [[ -z $NUMBER && -n $kept && -z $(awk -v k="$kept" '$1 == k' <<<"$runs") ]]; then
+    status=$(launcher_read "$kept" 2>/dev/null | cut -f1) || status=''
+    if [[ -n $status ]]; then known="$kept $status"$'\n'"$known" NUMBER=$(live_of "$kept $status"); fi
+  fi
+  if [[ -n $NUMBER ]]; then
+    log "$STAGE" "$name lives already: run $NUMBER; nothing is created"
+  else
+    status=$(head -n 1 <<<"$known")
+    [[ -z $status || ${RESUME:-} == 1 ]] ||
+      die 2 "$name has ended: run ${status% *} is ${status#* }" 'an ended run is not started again unasked' \
+        "make resume RUN_ID=$name (goes on from its checkpoints), or another RUN_NAME"
+    launcher_create "$file" "$name" || NUMBER=''
+    # The service may have created it and said nothing, or said an error.
+    for ((try = 1; try <= 3 && ${#NUMBER} == 0; try++)); do
+      log "$STAGE" "no run address came back; looking whether $name is there ($try of 3)"
+      sleep "$((try * 2))"
+      runs=$(launcher_runs)
+      NUMBER=$(live_of "$(same_name "$name" "$runs")")
+    done
+    [[ -n $NUMBER ]] || die 11 "$name was not created: $(launcher_said)" \
+      'only a printed run address or the list of runs is proof' "the same command again: it looks for $name first"
+    # Pressed on two machines at once: the older one stays.
+    runs=$(launcher_runs)
+    known=$(live_of "$(same_name "$name" "$runs")")
+    if [[ -n $known && $known != "$NUMBER" ]]; then
+      log "$STAGE" "run $known of this name was created meanwhile, elsewhere: $NUMBER is stopped"
+      launcher_stop "$NUMBER"
+      NUMBER=$known
+    fi
+  fi
+  keep "$folder/run.id" "$NUMBER"
+  exec 8>&-
+}
+
+# The log as it grows: fresh_lines puts what is new since the last call into the array FRESH; 1 when the service did not
+# answer, which a follower bears a few times.
+FRESH=()
+seen_line=''
+fresh_lines() {
+  local text i from=0
+  local -a lines
+  FRESH=()
+  text=$(launcher_logs "$NUMBER" "${1:-1000}" 2>/dev/null) || return 1
+  [[ -n $text ]] || return 0
+  mapfile -t lines <<<"$text"
+  if [[ -n $seen_line ]]; then
+    for ((i = ${#lines[@]} - 1; i >= 0; i--)); do
+      if [[ ${lines[i]} == "$seen_line" ]]; then
+        from=$((i + 1))
+        break
+      fi
+    done
+  fi
+  FRESH=("${lines[@]:from}")
+  seen_line=${lines[-1]}
+}
+
+# state_of: STATUS and REASON of the run; the last known ones when the service does not answer.
+STATUS='' REASON=''
+state_of() {
+  local text
+  text=$(launcher_read "$NUMBER" 2>/dev/null) || return 1
+  IFS=$'\t' read -r STATUS REASON <<<"$text"
+}
+
+# poll: state and fresh lines, bearing up to five calls in a row that were not answered.
+misses=0
+poll() {
+  if state_of && fresh_lines; then
+    misses=0
+  else
+    misses=$((misses + 1))
+    log "$STAGE" "$(launcher_name) did not answer ($misses of 5)"
+    ((misses < 5)) || die 11 "$(launcher_name) did not answer 5 times in a row" 'run and log are asked for again and again' \
+      "the run itself goes on; the same command again, or make status RUN_ID=$NUMBER"
+  fi
+}
+
+# code_of LINE…: the code with which the startup script ended, from its last FAIL; empty where it did not say.
+code_of() { printf '%s\n' "$@" | sed -nE 's/.*FAIL  .* ended with ([0-9]+) after.*/\1/p' | tail -n 1; }

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Usage: [RUN_ID=name or number] scripts/status.sh
+# How a run stands; without RUN_ID the newest that this checkout submitted.
+# Standard output: number, name, status, reason, with tabs between. Exit codes: 0 told, 2 no such run, 3 credential, 11 no answer.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+STAGE=status
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
+# shellcheck source=scripts/lib/run.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+
+main() {
+  no_arguments "${BASH_SOURCE[0]}" "$@"
+  find_run
+  local state
+  state=$(launcher_read "$NUMBER")
+  printf '%s\t%s\t%s\n' "$NUMBER" "$NAME" "$state"
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

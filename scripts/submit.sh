@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Usage: ENV=production ALGO=critic-wmtp scripts/submit.sh
+# Renders the run file, asks (production, on a terminal), and creates the run unless one of its name lives: pressing twice, here
+# or on two machines, starts one run.
+#   RUN_NAME    another name is another run        RESUME=1   goes on with a run of that name that has ended
+#   LAUNCHER    vessl (default) or docker          MAX_HOURS  the run saves and ends after so many hours
+#   CONFIG, RECIPE, SET="key=value …"   as everywhere          DRY_RUN=1   prints what it would do
+# Standard output: the run's number. Files: build/ENV/RUN/run.yaml, run.id.
+# Exit codes: 0 done, 2 bad input or an ended run, 3 tool or credential, 11 the service does not answer.
+set -Eeuo pipefail
+shopt -s inherit_errexit
+STAGE=submit
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
+# shellcheck source=scripts/lib/settings.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/settings.bash"
+# shellcheck source=scripts/lib/run.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+
+# pushed_image: the digest that push kept, of this revision.
+pushed_image() {
+  local file=$ROOT/build/$ENV/image.digest pushed
+  IMAGE=$(cat "$file" 2>/dev/null || true)
+  if [[ -z $IMAGE ]]; then
+    refuse 2 "no image was pushed for ENV=$ENV" 'a run names its image by digest' "make build push ENV=$ENV"
+    IMAGE=$(python -m wmtp.config --config "$CONFIG" --get launcher.image)
+    IMAGE=${IMAGE%:*}@sha256:$(printf '0%.0s' {1..64})
+    return 0
+  fi
+  pushed=$(cat "$ROOT/build/$ENV/image.revision" 2>/dev/null || true)
+  [[ ${pushed%-dirty} == "$(revision)" ]] ||
+    refuse 2 "the pushed image is of ${pushed:-?}, this tree is $(revision)" 'a run and its image are of one revision' "make build push ENV=$ENV"
+}
+
+ask() {
+  [[ $ENV == production && ${DRY_RUN:-} != 1 && -t 0 && -t 2 ]] || return 0
+  local answer
+  read -r -p 'submit    go on? [y/N] ' answer
+  [[ $answer == [yY]* ]] || die 2 'not submitted' 'you were asked' 'the same command again'
+}
+
+main() {
+  no_arguments "${BASH_SOURCE[0]}" "$@"
+  local cluster preset known
+  local -a render=()
+  need_cmd python
+  need_env ENV ALGO
+  cd "$ROOT"
+  render+=(${CONFIG:+--named CONFIG} ${RECIPE:+--named RECIPE})
+  LAUNCHER=${LAUNCHER:-vessl}
+  choose_settings "$ENV" "$ALGO"
+  overrides
+  use_launcher "$LAUNCHER"
+  pushed_image
+  name_run
+  [[ $LAUNCHER != docker ]] || render+=(--env-file "$RUN_DIR/run.env")
+  mkdir -p "$RUN_DIR" 2>/dev/null || die 10 "$RUN_DIR can't be written" 'a stage hands its results on there' 'make it writable'
+  render+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$NAME" --image "$IMAGE" --revision "$(revision)")
+  log submit "$NAME"
+  python -m wmtp.runfile "${render[@]}" --output "$RUN_DIR/run.yaml" >"$RUN_DIR/.summary" || exit 2
+  sed 's/^/submit    /' "$RUN_DIR/.summary" >&2
+  launcher_open
+  if [[ ${DRY_RUN:-} == 1 ]]; then
+    log submit "would run: unless a run named $NAME lives: $(launcher_command "$RUN_DIR/run.yaml")"
+    return 0
+  fi
+  ask
+  known=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --get launcher.cluster launcher.preset)
+  { read -r cluster && read -r preset; } <<<"$known"
+  launcher_check "$cluster" "$preset"
+  create_once "$RUN_DIR/run.yaml" "$NAME" "$RUN_DIR"
+  ln -sfn "$NAME" "build/$ENV/latest"
+  log submit "ok: run $NUMBER. make logs RUN_ID=$NUMBER · make stop RUN_ID=$NUMBER"
+  printf '%s\n' "$NUMBER"
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"
