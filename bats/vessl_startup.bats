@@ -19,7 +19,8 @@ setup() {
   export REAL_PYTHON
   export PATH="$repo/bats/stubs:$PATH" CALLS="$BATS_TEST_TMPDIR/calls" WMTP_APP_ROOT="$BATS_TEST_TMPDIR/an app"
   export ENV_MODE=minitest WMTP_ALGO=baseline-mtp LAUNCHER=local WMTP_REVISION=abcdef0123
-  unset CONFIG RECIPE RUN_NAME SET ENV ALGO
+  export AWS_ACCESS_KEY_ID=key AWS_SECRET_ACCESS_KEY=canary
+  unset CONFIG RECIPE RUN_NAME SET ENV ALGO MAX_HOURS AWS_PROFILE
   : >"$CALLS"
   mkdir -p "$WMTP_APP_ROOT"
 }
@@ -184,4 +185,30 @@ gone() {
   begin
   kill -KILL "$pid"
   gone "$(<"$CALLS.pid")"
+}
+
+@test "vessl_startup: a missing secret ends it before anything is made" {
+  rmdir "$WMTP_APP_ROOT"
+  AWS_SECRET_ACCESS_KEY='' run -3 --separate-stderr startup
+  [[ $stderr == *'AWS_SECRET_ACCESS_KEY is not set'*'wmtp-aws-secret-access-key'* && ! -s $CALLS && ! -e $WMTP_APP_ROOT ]]
+}
+
+@test "vessl_startup: MAX_HOURS ends the training as SIGTERM does, with 75, and says so" {
+  TRAINER=saves MAX_HOURS=0.001 run -75 --separate-stderr startup
+  [[ $stderr == *'at most 0.001 h'*'FAIL  MAX_HOURS: 0.001 h are used up'*'training ended with 75'*'it goes on after its last step'* ]]
+  MAX_HOURS=soon run -2 --separate-stderr startup
+  [[ $stderr == *'MAX_HOURS=soon'* ]]
+}
+
+@test "vessl_startup: MAX_HOURS ends a sync too; its clock ends with the script" {
+  SLOW_sync_models=1 MAX_HOURS=0.0003 run -75 --separate-stderr startup
+  [[ $stderr == *'MAX_HOURS: 0.0003 h'* ]]
+  MAX_HOURS=7.77 run -0 --separate-stderr startup
+  sleep 0.5
+  run -1 pgrep -f 'sleep 27972'
+}
+
+@test "vessl_startup: no secret is in a trace" {
+  run -0 --separate-stderr bash -x "$tree/docker/vessl_startup.sh"
+  [[ $stderr == *'credentials: yes'* && $stderr != *canary* ]]
 }

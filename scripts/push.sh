@@ -23,8 +23,8 @@ cleanup() { if [[ -n $PRIVATE ]]; then rm -rf -- "$PRIVATE"; fi; }
 # A token may be offered, it need not be: nobody waits for a pipe that never says anything.
 read_token() {
   [[ ! -t 0 ]] || return 0
-  IFS= read -r -t 5 token || true
-  token=${token%$'\r'}
+  # No assignment and no test of it: `bash -x` would show the value.
+  IFS=$' \t\r\n' read -r -t 5 token || true
 }
 
 # failed: what the engine said, with the code that it stands for.

@@ -43,13 +43,14 @@ recipe_of() {
   printf '%s\n' "$folder/recipe.${2//-/_}.yaml"
 }
 
-# overrides: SET="a.b=c d.e=f" as --set arguments in the array OVERRIDES.
+# overrides: SET="a.b=c d.e=f" as --set arguments in the array OVERRIDES. docker works with vessl's configuration, and says so.
 overrides() {
   local -a words=()
   read -ra words <<<"${SET:-}"
   OVERRIDES=()
   local word
   for word in "${words[@]}"; do OVERRIDES+=(--set "$word"); done
+  if [[ ${LAUNCHER:-} == docker && " ${SET:-} " != *' launcher.target='* ]]; then OVERRIDES+=(--set launcher.target=docker); fi
 }
 
 # revision: 7 characters, from the image's WMTP_REVISION or from git; 0000000 where neither is there.

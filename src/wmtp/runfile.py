@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,7 +148,7 @@ def check(text: str) -> None:
 
 
 def for_engine(text: str, config: settings.Config) -> str:
-    """An engine's `--env-file` of the same run: image and GPUs as comments; secrets are named, the engine takes their values."""
+    """An engine's `--env-file`: image and GPUs as comments; secrets are names, the engine has their values."""
     run = YAML(typ="safe").load(text)
     env = run["env"] | {"LAUNCHER": "docker"}
     gpus = 0 if config.devices.compute_backend == "cpu" else config.launcher.resources.gpus
@@ -251,4 +252,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that was killed is no traceback
     sys.exit(main())
