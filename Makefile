@@ -91,8 +91,12 @@ watch: $(STAMP) ## stay with a run and submit it again when it was preempted (RU
 test: $(STAMP) ## pytest and bats, on one embedded bucket
 	@scripts/test.sh
 
+.PHONY: test-image
+test-image: $(STAMP) ## image, registry, submit, deploy on real parts; as root it installs and starts them
+	@scripts/test_image.sh
+
 .PHONY: lint
-lint: $(STAMP) ## ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint
+lint: $(STAMP) ## ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint, zizmor
 	@scripts/lint.sh
 
 .PHONY: format

@@ -34,6 +34,8 @@ main() {
   check mypy mypy --no-error-summary
   check shellcheck shellcheck -x -P SCRIPTDIR "${shell[@]}"
   check yamllint yamllint -s .
+  # Offline: it needs no account and asks no service.
+  check zizmor zizmor --offline -q .github/workflows
   check mbake mbake validate Makefile
   if ((${#docker[@]})); then check hadolint hadolint "${docker[@]}"; fi
   ((${#failed[@]} == 0)) || {

@@ -2,7 +2,8 @@
 # Usage: scripts/wheelhouse.sh PYTHON      (for example 3.12: the minor version of the image's interpreter)
 # Downloads the wheels of the image into build/wheelhouse/PYTHON: locked/ with hashes from requirements/run.txt, torch/ with
 # what torch brings beside it, uv/ to install them. What is there already is kept: the second call asks no index.
-# Environment: PIP_FIND_LINKS (a folder of wheels that torch may come from), as pip knows it.
+# Environment: PIP_FIND_LINKS (a folder of wheels that torch may come from) or TORCH_BACKEND (cpu, cu126, … as uv knows them);
+#   without both it is the build with CUDA that the package index has.
 # Standard output: the folder and the key of its content, with a tab between.
 # Exit codes: 0 done, 2 bad input, 3 a tool is missing, 10 no room, 11 the package index does not answer.
 set -Eeuo pipefail
@@ -13,14 +14,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 
 # key PYTHON: what the wheels depend on.
 key() {
-  { cat requirements/{run,torch,uv}.txt && printf '%s\n' "$1" "${PIP_FIND_LINKS:-}"; } | sha256sum | cut -c1-16
+  { cat requirements/{run,torch,uv}.txt && printf '%s\n' "$1" "${TORCH_FROM[*]}"; } | sha256sum | cut -c1-16
 }
 
 # flat PYTHON FILE OPTION…: what of a requirements file holds on the image's platform, whatever this machine is; pip itself
 # would judge the markers by this machine.
 flat() {
   uv pip compile -q --no-header --no-annotate --python-platform x86_64-manylinux_2_28 --python-version "$1" \
-    ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "${@:3}" "$2"
+    "${TORCH_FROM[@]}" "${@:3}" "$2"
 }
 
 # fetch PYTHON FOLDER FILE: exactly these wheels, no others.
@@ -33,6 +34,18 @@ fetch() {
     -d "$2" -r "$3" >&2
 }
 
+# repack PYTHON FOLDER REQUIREMENT: a wheel out of what uv installs. Builds with a local version (+cpu, +cu126) stand on
+# indexes that uv knows by TORCH_BACKEND and pip doesn't.
+repack() {
+  local tree=$2/.tree tag
+  rm -rf -- "$tree"
+  uv pip install -q --no-deps --target "$tree" --python-platform x86_64-manylinux_2_28 --python-version "$1" \
+    "${TORCH_FROM[@]}" "$3" || return
+  tag=$(sed -n 's/^Tag: //p' "$tree"/torch-*.dist-info/WHEEL | head -n 1)
+  (cd "$tree" && python -m zipfile -c "../torch-${3#*==}-$tag.whl" ./*) || return
+  rm -rf -- "$tree"
+}
+
 # fetch_all PYTHON FOLDER: the lock keeps its hashes; of torch's wheels only those that the lock doesn't have.
 fetch_all() {
   local python=$1 folder=$2
@@ -42,6 +55,11 @@ fetch_all() {
   grep -vxFf <(grep -oE '^[^ ]+==[^ ]+' "$folder/locked.txt") "$folder/with-torch.txt" >"$folder/torch.txt" || return
   fetch "$python" "$folder/locked" "$folder/locked.txt" || return
   fetch "$python" "$folder/uv" "$folder/uv.txt" || return
+  if [[ ${TORCH_FROM[0]:-} == --torch-backend ]] && grep -q '^torch==.*+' "$folder/torch.txt"; then
+    repack "$python" "$folder/torch" "$(grep '^torch==' "$folder/torch.txt")" || return
+    sed -i.all '/^torch==/d' "$folder/torch.txt"
+    [[ -s $folder/torch.txt ]] || return 0
+  fi
   fetch "$python" "$folder/torch" "$folder/torch.txt"
 }
 
@@ -53,6 +71,12 @@ main() {
   need_cmd python
   need_cmd uv
   cd "$ROOT"
+  TORCH_FROM=()
+  if [[ -n ${PIP_FIND_LINKS:-} ]]; then
+    TORCH_FROM=(--find-links "$PIP_FIND_LINKS")
+  elif [[ -n ${TORCH_BACKEND:-} && $TORCH_BACKEND != auto ]]; then
+    TORCH_FROM=(--torch-backend "$TORCH_BACKEND")
+  fi
   local python=$1 folder=build/wheelhouse/$1 wanted began=$SECONDS
   wanted=$(key "$python")
   if [[ $(cat "$folder/key" 2>/dev/null || true) != "$wanted" ]]; then

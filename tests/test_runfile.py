@@ -40,7 +40,7 @@ def rendered(env: str = "minitest", algo: str = "critic-wmtp", *overrides: str, 
         revision="3f9c2e1",
         overrides=overrides,
         endpoint=runfile.endpoint_of(config, reached_from_here=False),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
