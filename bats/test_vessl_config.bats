@@ -4,7 +4,7 @@ bats_require_minimum_version 1.5.0
 
 setup() {
   repo=$(cd "$BATS_TEST_DIRNAME/.." && pwd)
-  unset ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME SET S3_BUCKET_NAME WMTP_APP_ROOT
+  unset ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME SET S3_BUCKET_NAME S3_ENDPOINT_URL MAX_HOURS WMTP_APP_ROOT
 }
 
 dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }

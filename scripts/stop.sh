@@ -9,6 +9,8 @@ STAGE=stop
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/run.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+# shellcheck source=scripts/lib/follow.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/follow.bash"
 
 main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"

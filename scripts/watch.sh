@@ -12,6 +12,8 @@ STAGE=watch
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/run.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+# shellcheck source=scripts/lib/follow.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/follow.bash"
 
 # again LINE…: 0 when the run may be submitted again, WHY says why or why not.
 again() {

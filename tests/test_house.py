@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "paths", "registry", "manifest", "preflight", "report", "scorekey", "vocab"]
+    "module", ["config", "paths", "registry", "manifest", "preflight", "report", "runfile", "scorekey", "vocab"]
 )
 def test_looking_does_not_import_torch(module: str) -> None:
     code = f"import sys, wmtp.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -28,7 +28,7 @@ def test_an_environment_without_a_gpu_holds_no_nvidia_package() -> None:
 
 
 def test_locks_record_hashes_and_no_addresses() -> None:
-    for lock in ("run.txt", "dev.txt", "uv.txt"):
+    for lock in ("run.txt", "dev.txt", "uv.txt", "vessl.txt"):
         text = (ROOT / "requirements" / lock).read_text()
         assert "://" not in text and "--hash=sha256:" in text
         assert not [line for line in text.splitlines() if line.startswith("torch==")]

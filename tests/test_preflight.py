@@ -15,6 +15,11 @@ ALL = [f"configs/recipe.{algo}.yaml" for algo in ("baseline_mtp", "rho1_wmtp", "
 CLUSTER = ["--env", "production", "--config", "configs/config.vessl.yaml"]
 
 
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("S3_ENDPOINT_URL", raising=False)  # the suite's own bucket is no cluster's
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict, str]:
     code = preflight.main([*arguments, "--json"])
     out, err = capsys.readouterr()
@@ -76,7 +81,7 @@ def test_torch_is_not_imported() -> None:
         ("WORKDIR /app\nRUN mkdir -p /app/{models,datasets,checkpoints,mlruns,logs}\n", {OK}),
         ("WORKDIR /app\nRUN mkdir -p /app/models\n", {OK, FAIL}),
         ("WORKDIR /app\nWORKDIR /workspace\n", {FAIL}),
-        (None, {NOT}),
+        (None, {FAIL}),
     ],
 )
 def test_dockerfile(tmp_path: Path, text: str | None, verdict: set[str]) -> None:
@@ -84,6 +89,17 @@ def test_dockerfile(tmp_path: Path, text: str | None, verdict: set[str]) -> None
     if text is not None:
         file.write_text(text)
     assert {f.verdict for f in preflight.check_dockerfile(file)} == verdict
+
+
+def test_the_run_file_is_rendered_for_the_cluster(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, report, _ = run(capsys, *CLUSTER, "--recipe", ALL[0], "--set", "launcher.volume=wmtp-models-cache")
+    told = [f for f in report["findings"] if f["verdict"] == FAIL]
+    assert (code, [f["subject"] for f in told]) == (2, ["run file"])
+    assert "launcher.volume" in told[0]["detail"] and "volume://" in told[0]["next"]
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9000")
+    assert run(capsys, *CLUSTER, "--recipe", ALL[0])[0] == 2
 
 
 @pytest.mark.parametrize(

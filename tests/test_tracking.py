@@ -72,6 +72,17 @@ def test_a_second_start_continues_the_run_and_repeats_no_step(tmp_path: Path) ->
     assert rows(tmp_path, "select status from runs") == [("FINISHED",)]
 
 
+def test_on_another_node_the_run_that_the_checkpoint_names_goes_on(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    first.log(1, {"wmtp_loss": 1.0})
+    first.finish("KILLED")
+    second = tracker(tmp_path, state_file=tmp_path / "another node" / "mlflow.json", resumed=first.run_id)
+    second.log(2, {"wmtp_loss": 2.0})
+    assert second.run_id == first.run_id
+    second.finish()
+    assert rows(tmp_path, "select count(*) from runs") == [(1,)]
+
+
 def test_a_kept_run_that_the_database_lacks_is_made_anew(tmp_path: Path) -> None:
     state = tmp_path / "state" / "mlflow.json"
     state.parent.mkdir()

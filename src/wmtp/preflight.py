@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp import config as settings
-from wmtp import registry
+from wmtp import registry, runfile
 from wmtp.paths import PathResolver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,11 +196,13 @@ def check_paths(pair: Pair) -> Iterator[Finding]:
             yield Finding(2, OK, f"paths.models.{role}", f"{path}, where the sync puts {name}")
     yield from check_dockerfile(ROOT / "Dockerfile")
     yield from check_run_file(ROOT / "docker" / "vessl.yaml")
+    if config.launcher.target == "vessl":
+        yield check_rendered(pair)
 
 
 def check_dockerfile(file: Path) -> Iterator[Finding]:
     if not file.is_file():
-        yield Finding(2, NOT, "Dockerfile", NOT_BUILT)
+        yield Finding(2, FAIL, "Dockerfile", "is not here", f"git checkout {file.name}")
         return
     text = file.read_text()
     folders = re.findall(r"(?im)^\s*WORKDIR\s+(\S+)", text)
@@ -222,11 +224,31 @@ def check_dockerfile(file: Path) -> Iterator[Finding]:
 def check_run_file(file: Path) -> Iterator[Finding]:
     start = f"{WORK_FOLDER}/docker/vessl_startup.sh"
     if not file.is_file():
-        yield Finding(2, NOT, "docker/vessl.yaml", NOT_BUILT)
+        yield Finding(2, FAIL, "docker/vessl.yaml", "is not here", "git checkout docker/vessl.yaml")
     elif start not in file.read_text():
         yield Finding(2, FAIL, "docker/vessl.yaml", f"does not start {start}", f"exec bash {start}")
     else:
         yield Finding(2, OK, "docker/vessl.yaml", f"starts {start}")
+
+
+def check_rendered(pair: Pair) -> Finding:
+    """The run file as submit would render it, name and digest apart."""
+    digest = "registry.invalid/wmtp@sha256:" + "0" * 64
+    try:
+        runfile.render(
+            pair.config,
+            pair.recipe,
+            env="production",
+            run_name="dry-run",
+            image=digest,
+            revision="0000000",
+            endpoint=runfile.endpoint_of(pair.config, reached_from_here=False),
+        )
+    except runfile.Refused as refused:
+        what, *rest = str(refused).splitlines()
+        following = [line.removeprefix("next").strip() for line in rest if line.startswith("next")]
+        return Finding(2, FAIL, "run file", what, following[-1] if following else "")
+    return Finding(2, OK, f"run file {pair.algo}", "fills docker/vessl.yaml, fits docker/run.schema.json")
 
 
 # ---- 3: registry ---------------------------------------------------------------------------------

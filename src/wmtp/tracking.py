@@ -87,7 +87,9 @@ class Tracker:
         tags: Mapping[str, str],
         params: Mapping[str, Any],
         state_file: Path,
+        resumed: str | None = None,
     ) -> None:
+        """``resumed``: the run that the checkpoint names, where ``state_file`` is not here (another node)."""
         self.failures = 0
         """Calls to MLflow that failed, whether or not a later one made up for it."""
         self.lost = 0
@@ -95,7 +97,7 @@ class Tracker:
         self._uri, self._artifacts, self.folder = backend(tracking_uri, state_file.parent / "mlruns")
         self._experiment, self._run_name = experiment, run_name
         self._tags, self._params = dict(tags), dict(params)
-        self._state_file = state_file
+        self._state_file, self._resumed = state_file, resumed
         self._client: Any = None
         self._run_id: str | None = None
         self._recorded: dict[str, int] | None = None  # a continued run: last step by metric
@@ -238,8 +240,8 @@ class Tracker:
         try:
             kept = json.loads(self._state_file.read_text())["run_id"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return kept if isinstance(kept, str) else None
+            return self._resumed
+        return kept if isinstance(kept, str) else self._resumed
 
     def _keep(self, run_id: str) -> None:
         self._state_file.parent.mkdir(parents=True, exist_ok=True)

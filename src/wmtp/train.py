@@ -319,6 +319,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         tags={tag: "true" for tag in args.tags.split(",") if tag},
         params=flat(settings.resolved(config, recipe)),
         state_file=checkpoints.folder / "mlflow.json",
+        resumed=state["mlflow_run_id"],
     )
     if held and not state["held_out_before"]:
         state["held_out_before"] = held_out_ce(model, held, recipe, place)

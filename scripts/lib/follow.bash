@@ -1,0 +1,49 @@
+# A run's state and log, asked for again and again. To be sourced after run.bash.
+# shellcheck shell=bash disable=SC2034
+
+# The log as it grows: fresh_lines puts what is new since the last call into the array FRESH; 1 when the service did not
+# answer, which a follower bears a few times.
+FRESH=()
+seen_line=''
+fresh_lines() {
+  local text i from=0
+  local -a lines
+  FRESH=()
+  text=$(launcher_logs "$NUMBER" "${1:-1000}" 2>/dev/null) || return 1
+  [[ -n $text ]] || return 0
+  mapfile -t lines <<<"$text"
+  if [[ -n $seen_line ]]; then
+    for ((i = ${#lines[@]} - 1; i >= 0; i--)); do
+      if [[ ${lines[i]} == "$seen_line" ]]; then
+        from=$((i + 1))
+        break
+      fi
+    done
+  fi
+  FRESH=("${lines[@]:from}")
+  seen_line=${lines[-1]}
+}
+
+# state_of: STATUS and REASON of the run; the last known ones when the service does not answer.
+STATUS='' REASON=''
+state_of() {
+  local text
+  text=$(launcher_read "$NUMBER" 2>/dev/null) || return 1
+  IFS=$'\t' read -r STATUS REASON <<<"$text"
+}
+
+# poll: state and fresh lines, bearing up to five calls in a row that were not answered.
+misses=0
+poll() {
+  if state_of && fresh_lines; then
+    misses=0
+  else
+    misses=$((misses + 1))
+    log "$STAGE" "$(launcher_name) did not answer ($misses of 5)"
+    ((misses < 5)) || die 11 "$(launcher_name) did not answer 5 times in a row" 'run and log are asked for again and again' \
+      "the run itself goes on; the same command again, or make status RUN_ID=$NUMBER"
+  fi
+}
+
+# code_of LINE…: the code with which the startup script ended, from its last FAIL; empty where it did not say.
+code_of() { printf '%s\n' "$@" | sed -nE 's/.*FAIL  .* ended with ([0-9]+) after.*/\1/p' | tail -n 1; }
