@@ -30,7 +30,7 @@ stage() {
   log minitest "$name ok, ${seconds[$name]} s"
 }
 
-keep() { cp -- "$1" "$RUN_DIR/.$2" && mv -f -- "$RUN_DIR/.$2" "$RUN_DIR/$2"; }
+keep() { copy_whole "$1" "$RUN_DIR/$2"; }
 
 # What the startup script left: its standard output is the sync's JSON lines, then the path of the trainer's summary.
 collect() {

@@ -85,9 +85,6 @@ drop_scored() {
 keep_manifests() {
   local name
   mkdir -p "$MODELS/.manifests"
-  for name in "$@"; do
-    cp -- "$TEMP/$name.json" "$MODELS/.manifests/.$name.json"
-    mv -T -- "$MODELS/.manifests/.$name.json" "$MODELS/.manifests/$name.json"
-  done
-  cp -- "$TEMP/not-needed" "$MODELS/.manifests/not-needed"
+  for name in "$@"; do copy_whole "$TEMP/$name.json" "$MODELS/.manifests/$name.json"; done
+  copy_whole "$TEMP/not-needed" "$MODELS/.manifests/not-needed"
 }

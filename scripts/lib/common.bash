@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by every stage: log die refuse need_env need_cmd no_arguments act retry, ROOT, PATH. Nothing that only one stage
+# Sourced by every stage: log die refuse need_env need_cmd no_arguments act copy_whole retry, ROOT, PATH. Nothing that only one stage
 # uses.
 # STAGE (default: the script's name) is the first word of each line on standard error.
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
@@ -75,6 +75,13 @@ act() {
   else
     "$@"
   fi
+}
+
+# copy_whole FROM TO: TO is the old or the new file, whole, whoever else copies there.
+copy_whole() {
+  local half
+  half=$(dirname "$2")/.$(basename "$2").$BASHPID
+  cp -- "$1" "$half" && mv -fT -- "$half" "$2"
 }
 
 # retry TRIES WAIT_S COMMAND…: says which try of how many; ends with the last try's status.
