@@ -20,6 +20,19 @@ PRIVATE='' token=''
 
 cleanup() { if [[ -n $PRIVATE ]]; then rm -rf -- "$PRIVATE"; fi; }
 
+# The engine's client keeps a login in a file. It is gone with this stage, also after kill -9: a guard dies of its parent's
+# death, and what a kill of both leaves is removed by the next push.
+private_folder() {
+  PRIVATE=$IMAGE_DIR/.login
+  rm -rf -- "$PRIVATE"
+  mkdir -m 700 "$PRIVATE"
+  if command -v setpriv >/dev/null; then
+    # shellcheck disable=SC2016 # the guard's own words
+    setpriv --pdeathsig TERM bash -c 'trap "rm -rf -- \"\$1\"; exit" TERM; while :; do sleep 1; done' guard "$PRIVATE" \
+      >/dev/null 2>&1 </dev/null &
+  fi
+}
+
 # A token may be offered, it need not be: nobody waits for a pipe that never says anything.
 read_token() {
   [[ ! -t 0 ]] || return 0
@@ -43,7 +56,7 @@ failed() {
 
 login() {
   ((${#token})) || return 0
-  PRIVATE=$(mktemp -d)
+  private_folder
   # Contexts and credential helpers of the caller have no part in it.
   export DOCKER_CONFIG=$PRIVATE
   docker login --username "$user" --password-stdin "${REPOSITORY%%/*}" <<<"$token" >"$PRIVATE/said" 2>&1 || failed "$PRIVATE/said"
@@ -75,6 +88,7 @@ main() {
   mkdir -p "$IMAGE_DIR" 2>/dev/null || die 10 "$IMAGE_DIR can't be written" 'the digest is kept there' 'make it writable'
   docker image inspect "$REPOSITORY:$TAG" >/dev/null 2>&1 || die 2 "$REPOSITORY:$TAG is not built" 'what was built is pushed' "make build ENV=$ENV"
   trap cleanup EXIT
+  rm -rf -- "$IMAGE_DIR/.login"
   read_token
   login
   log push "$REPOSITORY:$TAG"

@@ -113,7 +113,7 @@ class Stub:
             run["status"] = "running"
         elif run["status"] == "running" and self.has("preempted"):
             run |= {"status": "failed", "status_reason": "Preempted"}
-        elif run["status"] == "running" and not self.has("logs-stop") and run["asked"] > 8:
+        elif run["status"] == "running" and not self.has("logs-stop") and run["asked"] > 6:
             run["status"] = "completed"
         self.save(run)
         return run
@@ -127,7 +127,7 @@ class Stub:
         elif self.has("logs-stop"):
             lines = LOG[:2]
         else:
-            lines = LOG if run["status"] == "completed" else LOG[: 4 * max(run["asked"] - 2, 0)]
+            lines = LOG if run["status"] == "completed" else LOG[: 8 * max(run["asked"] - 2, 0)]
         began = datetime.fromisoformat(run["create_dt"]).timestamp()
         return [{"timestamp": began + i, "message": line} for i, line in enumerate(lines)]
 

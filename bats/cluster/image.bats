@@ -96,6 +96,22 @@ import torch, transformers, mlflow, awscli; print(torch.__version__)"
   told_what_to_do
 }
 
+@test "push: killed with -9 it leaves no login behind" {
+  "$tree/scripts/push.sh" <<<"$REGISTRY_TOKEN" >/dev/null 2>&1 3>&- &
+  local pid=$! i
+  for ((i = 0; i < 200; i++)); do
+    [[ ! -s $tree/build/minitest/.login/config.json ]] || break
+    sleep 0.05
+  done
+  [[ -s $tree/build/minitest/.login/config.json ]]
+  kill -KILL "$pid"
+  for ((i = 0; i < 50; i++)); do
+    [[ -e $tree/build/minitest/.login ]] || break
+    sleep 0.1
+  done
+  [[ ! -e $tree/build/minitest/.login ]]
+}
+
 @test "push: another engine pulls by the digest that was printed and kept" {
   [[ $pushed =~ ^"$image"@sha256:[0-9a-f]{64}$ && $(<"$tree/build/minitest/image.digest") == "$pushed" ]]
   export DOCKER_HOST=$WMTP_ENGINE_B DOCKER_CONFIG=$BATS_TEST_TMPDIR
