@@ -16,8 +16,11 @@ main() {
   need_cmd uv
   need_cmd python
   log install '.venv-vessl: the client of VESSL, on first use (200 MB)'
-  exec 7>.venv-vessl.lock
+  mkdir -p build
+  exec 7>build/.vessl.lock
   flock -w 300 7 || die 1 'another install of .venv-vessl takes longer than 300 s' 'one at a time' 'wait for it'
+  # Another stage may have done it meanwhile; and one that works with it is not disturbed.
+  if cmp -s .venv-vessl/.installed requirements/vessl.txt; then return 0; fi
   rm -f .venv-vessl/.installed
   # The interpreter of .venv, and not a link into it: the client outlives an `rm -rf .venv`.
   local base
@@ -25,8 +28,7 @@ main() {
   { uv venv -q --clear --python "$base" .venv-vessl &&
     uv pip install -q --python .venv-vessl/bin/python --require-hashes -r requirements/vessl.txt; } ||
     die 11 'the client could not be installed' 'its lock is requirements/vessl.txt' 'is the package index reachable? then again'
-  touch .venv-vessl/.installed
-  rm -f .venv-vessl.lock
+  cp requirements/vessl.txt .venv-vessl/.installed
   log install "ok in $((SECONDS - began)) s"
 }
 

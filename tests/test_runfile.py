@@ -128,10 +128,10 @@ def test_the_nearer_value_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_summary_counts_hours_and_egress() -> None:
     config, recipe = pair("production", "critic-wmtp", ["launcher.price_per_hour=6.2"])
-    what, models, cost = runfile.summary(config, recipe, DIGEST, None)
-    assert "4 x A100" in what and "53.0 GB" in models and "$4.77" in models
+    what, where, models, cost = runfile.summary(config, recipe, DIGEST, None)
+    assert what == DIGEST and "4 x A100" in where and "53.0 GB" in models and "$4.77" in models
     assert cost == "at most 24 h, about $148.80"
-    assert runfile.summary(config, recipe, DIGEST, "2")[2] == "at most 2 h, about $12.40"
+    assert runfile.summary(config, recipe, DIGEST, "2")[3] == "at most 2 h, about $12.40"
     with pytest.raises(runfile.Refused, match="MAX_HOURS=-1"):
         runfile.summary(config, recipe, DIGEST, "-1")
 

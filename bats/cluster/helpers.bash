@@ -5,7 +5,7 @@ bats_require_minimum_version 1.5.0
 # once a file: the client is installed into the checkout on first use, as for a user.
 cluster_file_setup() {
   repo=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
-  [[ -f $repo/.venv-vessl/.installed ]] || "$repo/scripts/install_vessl.sh"
+  cmp -s "$repo/.venv-vessl/.installed" "$repo/requirements/vessl.txt" || "$repo/scripts/install_vessl.sh"
 }
 
 cluster_setup() {
@@ -13,7 +13,7 @@ cluster_setup() {
   tree="$BATS_TEST_TMPDIR/a tree"
   stub="$BATS_TEST_TMPDIR/stub"
   mkdir -p "$tree/tests" "$stub"
-  cp -r "$repo"/{scripts,docker,configs,src,Dockerfile} "$tree/"
+  cp -r "$repo"/{scripts,docker,configs,src,requirements,Dockerfile} "$tree/"
   cp -r "$repo/tests/configs" "$tree/tests/configs"
   ln -s "$repo/.venv" "$tree/.venv"
   ln -s "$repo/.venv-vessl" "$tree/.venv-vessl"

@@ -14,7 +14,7 @@ launcher_open() {
     filled "$name" || refuse 3 "$name is not set" 'the client logs in with token, organization and project' "export $name=…, then again"
   done
   [[ ${DRY_RUN:-} != 1 ]] || return 0
-  [[ -f $ROOT/.venv-vessl/.installed && $ROOT/.venv-vessl/.installed -nt $ROOT/requirements/vessl.txt ]] || "$ROOT/scripts/install_vessl.sh"
+  cmp -s "$ROOT/.venv-vessl/.installed" "$ROOT/requirements/vessl.txt" || "$ROOT/scripts/install_vessl.sh"
   CLIENT_HOME=$(mktemp -d)
   trap 'rm -rf -- "$CLIENT_HOME"' EXIT
 }

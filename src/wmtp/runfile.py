@@ -201,7 +201,8 @@ def summary(config: settings.Config, recipe: settings.Recipe, image: str, max_ho
         if hours:
             cost = f"about ${hours * launcher.price_per_hour:.2f}"
     return [
-        f"{image}, {launcher.resources.gpus} x {launcher.resources.gpu_type} on {launcher.cluster} ({launcher.preset})",
+        image,
+        f"{launcher.resources.gpus} x {launcher.resources.gpu_type} on {launcher.cluster} ({launcher.preset})",
         f"models {', '.join(names)}: {size} from {config.storage.bucket} in {config.storage.region}{egress}",
         f"{limit}, {cost}",
     ]
