@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: ENV=production ALGO=critic-wmtp scripts/submit.sh
-# Renders the run file, asks (production, on a terminal), and creates the run unless one of its name lives: pressing twice, here
+# Renders the run file (production: where a dry run of the same revision and settings has passed), asks (production, on a terminal), and creates the run unless one of its name lives: pressing twice, here
 # or on two machines, starts one run.
 #   RUN_NAME    another name is another run        RESUME=1   goes on with a run of that name that has ended
 #   LAUNCHER    vessl (default) or docker          MAX_HOURS  the run saves and ends after so many hours
@@ -56,6 +56,11 @@ main() {
   [[ $LAUNCHER != docker ]] || render+=(--env-file "$RUN_DIR/run.env")
   mkdir -p "$RUN_DIR" 2>/dev/null || die 10 "$RUN_DIR can't be written" 'a stage hands its results on there' 'make it writable'
   render+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$NAME" --image "$IMAGE" --revision "$(revision)")
+  if [[ $ENV == production && ${DRY_RUN:-} != 1 ]]; then
+    render+=(--receipt "$RUN_DIR/preflight.json")
+  elif [[ $ENV == production && ! -e $RUN_DIR/preflight.json ]]; then
+    log submit "would refuse: no dry run of $NAME is here (next: make dryrun ENV=$ENV ALGO=$ALGO)"
+  fi
   log submit "$NAME"
   python -m wmtp.runfile "${render[@]}" --output "$RUN_DIR/run.yaml" >"$RUN_DIR/.summary" || exit 2
   sed 's/^/submit    /' "$RUN_DIR/.summary" >&2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,29 @@ def test_a_file_outside_the_image_is_refused(tmp_path: Path) -> None:
         runfile.of_image("CONFIG", str(tmp_path / "c.yaml"), True)
     assert runfile.of_image("CONFIG", str(ROOT / "configs/config.vessl.yaml"), True) == "configs/config.vessl.yaml"
     assert runfile.of_image("CONFIG", str(tmp_path), False) is None
+
+
+def receipt(folder: Path, **changed: object) -> Path:
+    file = folder / "preflight.json"
+    whole = {"env": "production", "revision": "3f9c2e1", "digest": "a81d0c4", "counts": {"ok": 20, "FAIL": 0}}
+    file.write_text(json.dumps(whole | changed))
+    return file
+
+
+def test_a_receipt_of_exactly_this_is_wanted(tmp_path: Path) -> None:
+    mine = ("production", "3f9c2e1", "a81d0c4")
+    runfile.check_receipt(receipt(tmp_path), *mine)
+    for changed, said in (
+        ({"revision": "1234567"}, "revision 1234567"),
+        ({"digest": None}, "settings None"),
+        ({"env": "minitest"}, "environment minitest"),
+        ({"counts": {"FAIL": 2}}, "2 FAIL"),
+        ({"counts": None}, "not a receipt"),
+    ):
+        with pytest.raises(runfile.Refused, match=said):
+            runfile.check_receipt(receipt(tmp_path, **changed), *mine)
+    (tmp_path / "preflight.json").write_text("{")
+    with pytest.raises(runfile.Refused, match="not a receipt"):
+        runfile.check_receipt(tmp_path / "preflight.json", *mine)
+    with pytest.raises(runfile.Refused, match=r"no dry run.*\n.*\n.*make dryrun"):
+        runfile.check_receipt(tmp_path / "none.json", *mine)

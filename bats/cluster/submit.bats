@@ -148,3 +148,14 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   [[ $stderr == *launcher_create* && $stderr != *canary* ]]
   run -1 grep -r canary "$tree/build"
 }
+
+@test "submit: production wants the receipt of a dry run that passed for exactly this" {
+  export ENV=production
+  run -2 --separate-stderr submit
+  [[ $stderr == *'no dry run of this run is here'*'make dryrun ENV=production'* && ! -e $stub/requests.log ]]
+  "$tree/scripts/test_vessl_config.sh" 2>/dev/null
+  MAX_HOURS=2 run -0 --separate-stderr submit
+  [[ $output == 7 && $stderr == *'at most 2 h'* ]]
+  SET=seed=7 run -2 --separate-stderr submit
+  [[ $(runs) == 1 ]]
+}

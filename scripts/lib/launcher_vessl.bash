@@ -1,7 +1,9 @@
 # VESSL through its own client (design: only a printed run address proves a creation). To be sourced by run.bash.
 # shellcheck shell=bash disable=SC2034
 
-CLIENT_HOME='' SAID='' VESSL=$ROOT/.venv-vessl/bin/vessl
+CLIENT_HOME='' SAID=''
+# Not by its first line, which names the folder that it was installed in.
+VESSL=("$ROOT/.venv-vessl/bin/python" "$ROOT/.venv-vessl/bin/vessl")
 
 launcher_name() { printf 'VESSL\n'; }
 launcher_said() { tail -n 1 <<<"$SAID" | cut -c1-200; }
@@ -26,7 +28,7 @@ client() {
   (
     cd "$CLIENT_HOME" &&
       HOME=$CLIENT_HOME VESSL_DATA_COLLECTION_OPT_OUT=true ENABLE_SENTRY=false \
-        exec timeout -k 2 "${VESSL_TIMEOUT_S:-60}" "$VESSL" "$@" </dev/null
+        exec timeout -k 2 "${VESSL_TIMEOUT_S:-60}" "${VESSL[@]}" "$@" </dev/null
   ) >"$CLIENT_HOME/.said" 2>&1 8>&- 9>&- || rc=$?
   SAID=$(sed -E 's/\x1b\[[0-9;]*m//g' "$CLIENT_HOME/.said")
   return "$rc"

@@ -516,6 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         "env": args.env,
         "run": name,
         "revision": args.revision,
+        "digest": settings.digest(pairs[0].config, pairs[0].recipe) if len(args.recipe) == len(pairs) == 1 else None,
         "counts": {verdict: counts[verdict] for verdict in (OK, WARN, NOT, FAIL)},
         "findings": [asdict(f) for f in findings],
         "resolved": resolved,

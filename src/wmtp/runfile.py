@@ -163,6 +163,27 @@ def write_whole(file: Path, text: str) -> None:
     half.replace(file)
 
 
+def check_receipt(file: Path, env: str, revision: str, digest: str) -> None:
+    """Refuse what no dry run has passed: another revision, other settings, findings that failed, or none at all."""
+    following = f"\nnext  make dryrun ENV={env} ALGO=…, with the same SET, CONFIG and RECIPE"
+    rule = "\nrule  production submits what a dry run of the same revision and settings has passed"
+    try:
+        receipt = json.loads(file.read_text("utf-8"))
+        found = (receipt["env"], receipt["revision"][:7], receipt["digest"])
+        failed = int(receipt["counts"]["FAIL"])
+    except FileNotFoundError:
+        raise Refused(f"{file.name}: no dry run of this run is here{rule}{following}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Refused(f"{file}: not a receipt of a dry run{rule}{following}") from None
+    if failed:
+        raise Refused(f"{file.name}: the dry run had {failed} FAIL{rule}{following}")
+    for what, mine, its in zip(
+        ("environment", "revision", "settings"), (env, revision[:7], digest), found, strict=True
+    ):
+        if mine != its:
+            raise Refused(f"{file.name}: the dry run was of {what} {its}, this is {mine}{rule}{following}")
+
+
 def hours_of(config: settings.Config, max_hours: str | None) -> float | None:
     """The limit of a run in hours; MAX_HOURS wins over launcher.max_hours."""
     if max_hours is None:
@@ -219,11 +240,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--revision", default="0000000")
     parser.add_argument("--named", action="append", default=[], choices=["CONFIG", "RECIPE"], help="was chosen by hand")
     parser.add_argument("--output", type=Path, help="where the run file goes, whole or not at all")
+    parser.add_argument("--receipt", type=Path, help="of the dry run that must have passed for exactly this")
     parser.add_argument("--env-file", type=Path, help="the same for a container engine on this machine: its --env-file")
     args = parser.parse_args(argv)
     max_hours = os.environ.get("MAX_HOURS") or None
     try:
         config, recipe = settings.load_pair(args.config, args.recipe, args.overrides, env=args.env)
+        if args.receipt:
+            check_receipt(args.receipt, args.env, args.revision, settings.digest(config, recipe))
         lines = summary(config, recipe, args.image, max_hours)
         text = render(
             config,
