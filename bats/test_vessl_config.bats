@@ -5,6 +5,7 @@ bats_require_minimum_version 1.5.0
 setup() {
   repo=$(cd "$BATS_TEST_DIRNAME/.." && pwd)
   unset ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME SET S3_BUCKET_NAME S3_ENDPOINT_URL MAX_HOURS WMTP_APP_ROOT
+  export TWIN=0
 }
 
 dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
@@ -57,4 +58,9 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   [[ $stderr == *'ALGO=foo'* ]]
   run -2 --separate-stderr dryrun --fast
   [[ $stderr == *'--fast'* ]]
+}
+
+@test "test_vessl_config: the twin trains the production recipe, saves, resumes" {
+  TWIN=1 ALGO=critic-wmtp run -0 --separate-stderr dryrun
+  [[ $stderr == *'ok           twin critic_wmtp'*'2 ranks, 3 steps, saved, resumed, third step equal'* ]]
 }

@@ -107,7 +107,8 @@ main() {
   watch_signals
   stage models python "$ROOT/tests/test_models/generate.py"
   stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama
-  stage dryrun "$ROOT/scripts/test_vessl_config.sh"
+  # The mini-test itself is the twin's elder sister.
+  TWIN=${TWIN:-0} stage dryrun "$ROOT/scripts/test_vessl_config.sh"
   stage startup "$ROOT/docker/vessl_startup.sh"
   collect
   list_checkpoint "$(jq_get "$RUN_DIR/train.json" checkpoint)"

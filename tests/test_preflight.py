@@ -18,6 +18,7 @@ CLUSTER = ["--env", "production", "--config", "configs/config.vessl.yaml"]
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("S3_ENDPOINT_URL", raising=False)  # the suite's own bucket is no cluster's
+    monkeypatch.setenv("TWIN", "0")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict, str]:

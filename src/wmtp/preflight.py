@@ -14,6 +14,7 @@ import ast
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -376,7 +377,45 @@ def check_pipeline(pair: Pair, offline: bool) -> Iterator[Finding]:
         yield Finding(5, NOT, subject, NOT_BUILT)
     why = "--offline" if offline else NOT_BUILT
     yield Finding(5, NOT, "manifests", why)
-    yield Finding(5, NOT, "twin", "TWIN=0" if os.environ.get("TWIN") == "0" else NOT_BUILT)
+
+
+class Twin:
+    """`python -m wmtp.twin` in a child, which imports torch while the other checks run."""
+
+    WAIT_S = 300
+
+    def __init__(self, args: argparse.Namespace, recipes: list[str]) -> None:
+        self.child: subprocess.Popen[str] | None = None
+        self.recipes = recipes
+        if os.environ.get("TWIN") == "0" or not recipes:
+            return
+        command = [sys.executable, "-m", "wmtp.twin", "--config", str(found_at(args.config)), "--env", args.env]
+        command += [word for recipe in recipes for word in ("--recipe", str(found_at(recipe)))]
+        command += [word for override in args.overrides for word in ("--set", override)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def findings(self) -> Iterator[Finding]:
+        if self.child is None:
+            if self.recipes:
+                yield Finding(5, NOT, "twin", "TWIN=0 leaves it out")
+            return
+        try:
+            out, err = self.child.communicate(timeout=self.WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            out, err = self.child.communicate()
+            err = f"no end within {self.WAIT_S} s"
+        told = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        for recipe, seen in zip(self.recipes, told, strict=False):
+            subject = f"twin {Path(recipe).stem.removeprefix('recipe.')}"
+            then = "" if seen["ok"] else f"the same alone: python -m wmtp.twin --config … --recipe {recipe}"
+            yield Finding(5, OK if seen["ok"] else FAIL, subject, f"{seen['detail']}, {seen['seconds']} s", then)
+        if len(told) < len(self.recipes):
+            last = err.strip().splitlines()[-1:] or ["no word"]
+            yield Finding(5, FAIL, "twin", f"it died: {last[0][:200]}", "python -m wmtp.twin, with the same arguments")
 
 
 def check_discount(pair: Pair) -> Finding:
@@ -444,10 +483,10 @@ def colours() -> bool:
     return sys.stderr.isatty() and not plain
 
 
-def show(findings: list[Finding], resolved: list[dict[str, Any]], every_value: bool) -> None:
+def show(findings: list[Finding], resolved: list[dict[str, Any]], every_value: bool, headings: range) -> None:
     tint = {OK: "32", WARN: "33", FAIL: "31", NOT: "2"} if colours() else {}
-    for number, title in enumerate(HEADINGS, 1):
-        say(f"{number}/5 {title}")
+    for number in headings:
+        say(f"{number}/5 {HEADINGS[number - 1]}")
         for finding in (f for f in findings if f.heading == number):
             word = f"{finding.verdict:<12}"
             if finding.verdict in tint:
@@ -498,6 +537,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(args.recipe) == 1 and pairs:
         digest = settings.digest(pairs[0].config, pairs[0].recipe)
         name = os.environ.get("RUN_NAME") or (f"{args.env}-{pairs[0].algo}-{args.revision[:7]}-{digest}")
+    twin = Twin(args, [pair.recipe_file for pair in pairs])
     algos = ", ".join(p.algo for p in pairs) or "no recipe that loads"
     say(f"dry run   {args.env}, {algos}, revision {args.revision}")
     if pairs:
@@ -509,7 +549,11 @@ def main(argv: list[str] | None = None) -> int:
         if not pairs:
             findings.append(Finding(number, NOT, HEADINGS[number - 1], "nothing loaded"))
     findings = unique(findings)
-    show(findings, resolved, every_value=len(args.recipe) == 1)
+    show(findings, resolved, len(args.recipe) == 1, range(1, 5))
+    if twin.child:
+        say("          the twin trains on CPU ranks: 10 to 20 s a recipe")
+    findings += twin.findings()
+    show(findings, resolved, False, range(5, 6))
 
     counts = Counter(f.verdict for f in findings)
     report = {

@@ -1,0 +1,240 @@
+"""The shrunken twin: the recipe's own training on two CPU ranks, with models of the same architecture but tiny sizes.
+
+    python -m wmtp.twin --config F --recipe F [--recipe F …] [--set A.B=C] --env production
+
+Three steps through `wmtp.train`, with a checkpoint after the second; then the third is taken away and trained again from
+that checkpoint, and must give the same loss. What the twin can't show is what its sizes hide: memory, speed, the GPU.
+Standard output: one JSON line a recipe (algo, ok, detail, seconds). Exit codes: 0 all ok, 20 one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from wmtp import config as settings
+from wmtp import train
+from wmtp.data import PROMPT_KEYS, SOLUTION_KEYS
+from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, export_hf, read_spec
+from wmtp.paths import PathResolver
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVED, LENGTH, RECORDS = 3, 2, 48, 24
+STD = 0.05  # large enough that three steps move the loss
+
+
+class TwinError(RuntimeError):
+    """What the twin did otherwise than it must; the log's last lines are in it."""
+
+
+def shrunken(spec: ModelSpec, vocab: int) -> ModelSpec:
+    """The same layout, heads and sharing of keys and unembedding; every size small."""
+    grouped = spec.n_kv_heads < spec.n_heads
+    return dataclasses.replace(
+        spec,
+        hidden=64,
+        trunk_layers=min(spec.trunk_layers, 2),
+        n_heads=4,
+        n_kv_heads=2 if grouped else 4,
+        intermediate=128,
+        vocab_size=vocab,
+        max_positions=max(LENGTH, 64),
+    )
+
+
+def records(name: str, uri: str) -> list[dict[str, str]]:
+    """The first records of a source as this machine has it, else of none: a few made ones."""
+    kind, path = PathResolver().resolve(uri)
+    found: list[dict[str, str]] = []
+    for folder in (Path(path), ROOT / "datasets" / Path(path).name) if kind == "file" else ():
+        for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
+            with file.open(encoding="utf-8") as lines:
+                found += [json.loads(line) for _, line in zip(range(RECORDS), lines, strict=False) if line.strip()]
+        if found:
+            return found[:RECORDS]
+    return [{"prompt": f"Add {n} in {name}.", "solution": f"def add(x):\n    return x + {n}\n"} for n in range(RECORDS)]
+
+
+def write_tokenizer(folder: Path, texts: list[str]) -> int:
+    """A SentencePiece model with bytes for what it does not know; its number of pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=512,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return int(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size())
+
+
+def write_model(folder: Path, role: str, spec: ModelSpec, tokenizer: Path, seed: int) -> None:
+    """A folder of Hugging Face's layout with drawn weights; a reward model's are in `model.bin`, as Starling's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {
+            k: torch.ones_like(v) if v.ndim < 2 else torch.randn(v.shape, generator=generator) * STD
+            for k, v in model.state_dict().items()
+        }
+
+    if role != "base":
+        spec = dataclasses.replace(spec, heads=1)
+    export_hf(drawn(MTPModel(spec)), spec, folder, tokenizer)
+    if role == "rm":
+        state = drawn(RewardModel(spec))
+        (folder / "model.safetensors").unlink()
+        named = {k if k.startswith("v_head.") else f"model.{k}": v for k, v in state.items()}
+        torch.save(named, folder / "model.bin")
+
+
+def make_world(app: Path, config: settings.Config, recipe: settings.Recipe) -> None:
+    """Under ``app``, which stands for /app: data, tokenizer and the models that the recipe needs."""
+    texts: list[str] = []
+    for name, uri in config.paths.datasets.items():
+        some = records(name, uri)
+        folder = app / "datasets" / name
+        folder.mkdir(parents=True)
+        (folder / "some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+        texts += [r.get(k, "") for r in some for k in (*PROMPT_KEYS, *SOLUTION_KEYS)]
+    vocab = write_tokenizer(app / "tokenizer", [line for text in texts for line in text.splitlines() if line])
+    for seed, (role, uri) in enumerate(settings.needed_models(config, recipe).items()):
+        try:
+            spec = read_spec(Path(PathResolver().resolve(uri)[1]))
+        except ModelError:  # not on this machine: Llama's architecture, as all models of the plan
+            spec = ModelSpec("hf", recipe.model.heads, 4096, 28, 32, 32, 11008, 32000)
+        spec = dataclasses.replace(spec, heads=recipe.model.heads)
+        write_model(app / "models" / role, role, shrunken(spec, vocab), app / "tokenizer", seed)
+
+
+def arguments(app: Path, config: settings.Config, recipe: settings.Recipe, ranks: int) -> list[str]:
+    """What differs from the cluster's settings: places, sizes, the device."""
+    sets = {
+        **{f"paths.models.{role}": f"file://{app}/models/{role}" for role in settings.needed_models(config, recipe)},
+        **{f"paths.datasets.{name}": f"file://{app}/datasets/{name}" for name in config.paths.datasets},
+        "paths.checkpoints.base_path": f"file://{app}/checkpoints",
+        "paths.checkpoints.save_interval": SAVED,
+        "paths.checkpoints.keep_last": STEPS,
+        "mlflow.tracking_uri": f"file://{app}/mlruns",
+        "mlflow.registry_uri": f"file://{app}/mlruns",
+        "launcher.target": "local",
+        "launcher.resources.gpus": ranks,
+        "devices.compute_backend": "cpu",
+        "devices.distributed.enabled": str(ranks > 1).lower(),
+        "devices.distributed.backend": "gloo",
+        "devices.fsdp.enabled": str(ranks > 1).lower(),
+        "devices.num_proc": 1,
+        "data.train.max_length": min(recipe.data.train.max_length, LENGTH),
+        "data.eval.max_length": min(recipe.data.eval.max_length, LENGTH),
+        "data.train.batch_size": min(recipe.data.train.batch_size, 2),
+        "train.accumulation_steps": min(recipe.train.accumulation_steps, 2),
+        "train.max_steps": STEPS,
+        "train.num_epochs": 100,
+        "pretrain.max_steps": 1,
+        "eval.max_batches": 1,
+        "log_interval": 1,
+    }
+    return [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+
+
+def start(argv: list[str], ranks: int, log: Path) -> list[int]:
+    """`wmtp.train` on forked ranks, which share this process's import of torch; their exit codes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.dup2(handle, 1)
+                os.dup2(handle, 2)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                if ranks > 1:
+                    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                torch.set_num_threads(1)
+                train.die_with_parent()
+                code = train.main(argv)
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = (folder / "steps.jsonl").read_text().splitlines()
+    return {row["step"]: row["wmtp_loss"] for row in map(json.loads, lines)}
+
+
+def live(config_file: str, recipe_file: str, overrides: list[str], env: str, app: Path) -> str:
+    """The twin's whole life under ``app``; what it showed. Raises TwinError."""
+    config, recipe = settings.load_pair(config_file, recipe_file, overrides, env=env)
+    ranks = 2 if config.devices.distributed.enabled and config.launcher.resources.gpus > 1 else 1
+    make_world(app, config, recipe)
+    argv = ["--config", config_file, "--recipe", recipe_file, "--run-name", "twin", "--env", "test"]
+    argv += [word for o in overrides for word in ("--set", o)] + arguments(app, config, recipe, ranks)
+    folder, log = app / "checkpoints" / "twin", app / "log"
+
+    def trained(what: str) -> dict[int, float]:
+        codes = start(argv, ranks, log)
+        if any(codes):
+            text = log.read_text().splitlines() if log.exists() else []
+            told = next((line for line in reversed(text) if "FAIL" in line), text[-1] if text else "no word")
+            raise TwinError(f"{what}: ranks ended with {codes}: {' '.join(told.split())[:300]}")
+        return losses(folder)
+
+    first = trained(f"{STEPS} steps")
+    if sorted(first) != [1, 2, 3] or not (folder / f"step-{SAVED}" / ".complete").is_file():
+        raise TwinError(f"steps {sorted(first)} are recorded; {STEPS} were to be, with a checkpoint after {SAVED}")
+    shutil.rmtree(folder / f"step-{STEPS}")
+    again = trained("resumed")
+    if again[STEPS] != first[STEPS]:
+        raise TwinError(f"the third step after the resume gave {again[STEPS]}, before it {first[STEPS]}")
+    shown = " -> ".join(f"{first[n]:.3f}" for n in (1, 2, 3))
+    return f"{ranks} rank{'s' if ranks > 1 else ''}, {STEPS} steps, saved, resumed, third step equal: loss {shown}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wmtp.twin", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--recipe", required=True, action="append")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--env", required=True)
+    args = parser.parse_args(argv)
+    bad = 0
+    for recipe_file in args.recipe:
+        began, ok = time.monotonic(), True
+        with tempfile.TemporaryDirectory(prefix="wmtp-twin-") as app:
+            os.environ["WMTP_APP_ROOT"] = app
+            try:
+                detail = live(args.config, recipe_file, args.overrides, args.env, Path(app))
+            except (TwinError, settings.ConfigError) as error:
+                ok, detail, bad = False, str(error), 20
+        seconds = round(time.monotonic() - began, 1)
+        print(json.dumps({"recipe": recipe_file, "ok": ok, "detail": detail, "seconds": seconds}), flush=True)
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())
