@@ -58,8 +58,8 @@ def pretrain_value_head(
         share = share_of(batches, step, recipe.model.heads, recipe.data.train.batch_size, place, score_ns)
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float32, device=place.device)
-        # Reduced with every micro-batch: it is one vector, and FSDP's accumulation in half precision fails on units that
-        # a forward leaves out, as this one does heads and unembedding.
+        # Reduced with every micro-batch: it is one vector, and FSDP's accumulation in half precision fails on units
+        # that a forward leaves out, as this one does heads and unembedding.
         last_of(model, True)
         for m in share.micro:
             with place.autocast():

@@ -2,9 +2,9 @@
 
     python -m wmtp.twin --config F --recipe F [--recipe F …] [--set A.B=C] --env production
 
-Three steps through `wmtp.train`, with a checkpoint after the second; then the third is taken away and trained again from
-that checkpoint, and must give the same loss. What the twin can't show is what its sizes hide: memory, speed, the GPU.
-Standard output: one JSON line a recipe (algo, ok, detail, seconds). Exit codes: 0 all ok, 20 one is not.
+Three steps through `wmtp.train`, with a checkpoint after the second; then the third is taken away and trained again
+from that checkpoint, and must give the same loss. What it can't show is what its sizes hide: memory, speed, the GPU.
+Standard output: one JSON line a recipe (recipe, ok, detail, seconds). Exit codes: 0 all ok, 20 one is not.
 """
 
 from __future__ import annotations
