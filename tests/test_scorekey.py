@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,54 @@ def test_a_manifest_stands_for_a_model_that_is_not_here(app: Path, tmp_path: Pat
     assert name_of("critic_wmtp", manifests=manifests) == first
     with pytest.raises(FileNotFoundError):
         name_of("critic_wmtp")
+
+
+def test_a_manifest_that_the_folder_no_longer_fits_is_not_believed(app: Path, tmp_path: Path) -> None:
+    folder = app / "models" / "test-rm-llama"
+    first = name_of("critic_wmtp")
+    (folder / "manifest.json").write_text(json.dumps(create(folder, "test-rm-llama")))
+    (folder / ".complete").touch()
+    assert name_of("critic_wmtp") == first
+    (folder / "weights.bin").write_text("test-rm-other")  # of the same size, later than the marker
+    later = (folder / ".complete").stat().st_mtime_ns + 10**9
+    os.utime(folder / "weights.bin", ns=(later, later))
+    assert name_of("critic_wmtp") != first
+
+
+def test_a_kept_manifest_speaks_of_no_other_folder_of_that_name(app: Path, tmp_path: Path) -> None:
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    content = json.dumps(create(app / "models" / "test-rm-llama", "test-rm-llama"))
+    (manifests / "test-rm-llama.json").write_text(content)
+    mine = app / "mine" / "test-rm-llama"
+    shutil.copytree(app / "models" / "test-rm-llama", mine)
+    (mine / "weights.bin").write_text("quite another")
+    elsewhere = f"paths.models.rm=file://{mine}"
+    assert name_of("critic_wmtp", elsewhere, manifests=manifests) != name_of("critic_wmtp", manifests=manifests)
+
+
+def test_the_sync_names_what_is_coming(app: Path, tmp_path: Path) -> None:
+    folder, manifests = app / "models" / "test-rm-llama", tmp_path / "manifests"
+    manifests.mkdir()
+    first = name_of("critic_wmtp")
+    (folder / "manifest.json").write_text(json.dumps(create(folder, "test-rm-llama")))
+    (folder / ".complete").touch()
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    (newer / "weights.bin").write_text("published anew")
+    (manifests / "test-rm-llama.json").write_text(json.dumps(create(newer, "test-rm-llama")))
+    assert kept_name(*pair("critic_wmtp"), manifests, coming=True)[0] != first
+    assert kept_name(*pair("critic_wmtp"), manifests)[0] == first
+
+
+def test_what_begins_and_ends_a_text_is_in_the_name(app: Path) -> None:
+    folder = app / "models" / "test-llama-mtp"
+    (folder / "tokenizer.model").rename(folder / "tokenizer.json")
+    names = set()
+    for bos in ("<s>", "<bos>"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos}))
+        names.add(name_of("critic_wmtp"))
+    assert len(names) == 2
 
 
 def test_baseline_has_no_scorer_and_pseudo_rewards_are_the_bases() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from wmtp.scoring import (
     Kept,
     judged_documents,
     last_tokens,
+    longer_than_one,
     pseudo_rewards,
     rendered,
     score_reference,
@@ -249,8 +251,59 @@ def test_damaged_kept_scores_are_none(tmp_path: Path) -> None:
     assert json.loads((kept.folder / "made-of.json").read_text()) == {"made": "here"}
     (kept.folder / "scores.safetensors").write_bytes(b"torn")
     assert kept.load() is None
-    (kept.folder / MARKER).unlink()
+    # Else the sync would leave out the scorer that is needed now.
+    assert not (kept.folder / MARKER).exists()
+
+
+def test_kept_scores_of_other_rows_are_none(tmp_path: Path) -> None:
+    corpus = corpus_of(4)
+    reference(tmp_path, corpus)
+    kept = Kept(shelf(tmp_path), "reference-x")
+    shapes = {"train": tuple(corpus.rows.x.shape), "eval": tuple(corpus_of(3).rows.x.shape)}
+    assert kept.load(shapes) is not None
+    assert kept.load(shapes | {"eval": (1, 2)}) is None
+
+
+def test_torn_scores_come_from_the_bucket_again(tmp_path: Path, prefix: str) -> None:
+    first = Kept(shelf(tmp_path, prefix), "reference-x")
+    score_reference(lively(MTPModel(SPEC)), {"train": corpus_of(4).rows}, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    first.shelf.close()
+    (first.folder / "scores.safetensors").write_bytes(b"torn")
+    assert Kept(shelf(tmp_path, prefix), "reference-x").load() is not None
+
+
+def test_a_start_with_another_block_size_takes_no_block_for_another(tmp_path: Path) -> None:
+    corpus = corpus_of(40)
+    sets = {"train": corpus.rows, "eval": corpus_of(3).rows}
+    whole = reference(tmp_path / "whole", corpus)
+    kept = Kept(shelf(tmp_path / "parted"), "reference-x")
+    with pytest.raises(Stopped):
+        score_reference(lively(MTPModel(SPEC)), sets, kept, 2, {}, CPU, Stop(0))  # type: ignore[arg-type]
+    assert list(kept.parts.glob("*.safetensors"))
+    score_reference(lively(MTPModel(SPEC)), sets, kept, 1, {}, CPU, Stop())  # type: ignore[arg-type]
+    found = kept.load()
+    assert found is not None
+    torch.testing.assert_close(found, whole)
+
+
+def test_a_score_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    model = lively(RewardModel(SPEC))
+    with torch.no_grad():
+        next(model.v_head.parameters())[0, 0] = math.nan
+    kept = Kept(shelf(tmp_path), "reward-x")
+    with pytest.raises(RuntimeError, match="not finite"):
+        score_rewards(model, {"train": corpus_of(4)}, TOKENIZER, "{text}", kept, 2, {}, CPU, Stop())  # type: ignore[arg-type]
     assert kept.load() is None
+    with pytest.raises(RuntimeError, match="not finite"):
+        rows = pack([[1, 5], [1, 5, 6]], 8, 2, True)
+        zscored({"train": last_tokens(rows) * math.nan}, {"train": rows})
+
+
+def test_a_pseudo_reward_of_one_token_is_0_and_in_no_mean() -> None:
+    rows: Rows = pack([[1, 5, 6], [1], [1, 7]], 8, 2, True)
+    ce = torch.tensor([[0.0, 2, 4, 0, 0, 5, 0, 0]])
+    found = zscored({"train": pseudo_rewards(ce, rows)}, {"train": rows}, longer_than_one)["train"]
+    assert found.tolist() == [[0, 0, 1, 0, 0, -1, 0, 0]]
 
 
 def test_the_bucket_keeps_them_for_another_machine(tmp_path: Path, prefix: str) -> None:

@@ -18,7 +18,15 @@ from torch.distributed.fsdp import fully_shard
 from wmtp.config import Recipe, load_recipe
 from wmtp.data import Batches, Rows, pack
 from wmtp.model import ModelSpec, MTPModel, shard_units
-from wmtp.objective import gae_targets, make_labels
+from wmtp.objective import (
+    align_next,
+    excess_score,
+    gae_targets,
+    make_labels,
+    token_skip_weights,
+    value_gain,
+    weights_from_scores,
+)
 from wmtp.ranks import Place
 from wmtp.step import StepResult, Weighting, clip, micro_of, share_of, train_step
 
@@ -172,6 +180,79 @@ def test_the_gradient_is_that_of_the_objective() -> None:
     torch.nn.functional.cross_entropy(logits[mask], labels[mask]).backward()
     for name, grad in gradients(model).items():
         assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+# No two alike, none a default: a value that reaches another place than its own changes the gradient.
+DISTINCT = [
+    "loss.weight_temperature=0.61",
+    "loss.epsilon=0.07",
+    "loss.max_weight=1.9",
+    "rho1.min_ce_diff=0.21",
+    "rho1.skip_threshold_percentile=0.37",
+    "critic.gamma=0.97",
+    "critic.gae_lambda=0.83",
+    "critic.discount_lambda=0.73",
+    "critic.auxiliary_loss_coef=0.37",
+]
+
+
+@pytest.mark.parametrize("algorithm", ["rho1", "rho1 raw", "token_skip", "critic"])
+def test_every_setting_reaches_its_place_in_the_objective(algorithm: str) -> None:
+    recipe, batches = recipe_of(algorithm, *DISTINCT), rows_of(False)
+    model, score = lively_model(recipe), scores_of(recipe, batches)
+    assert score is not None
+    share = share_of(batches, 0, SPEC.heads, 2, CPU, score)
+    weighting = weighting_of(recipe)
+    seen = train_step(model, share, weighting, CPU, stop=False)
+    found = gradients(model)
+    model.zero_grad()
+
+    index = batches.global_batch(0)
+    x, document, pad = batches.take(index)
+    labels, mask = make_labels(x, SPEC.heads, document, pad)
+    logits = model.lm_head.logits(model.hidden(x, document))
+    flat = torch.nn.functional.cross_entropy(logits.flatten(0, 2), labels.clamp(min=0).flatten(), reduction="none")
+    ce = flat.view(mask.shape)
+    shape = {"temperature": 0.61, "epsilon": 0.07, "max_weight": 1.9, "mix": 0.7}
+    loss = torch.zeros(())
+    if algorithm == "critic":
+        value = model(x, document).value_bs
+        delta = align_next(value_gain(value.detach(), 0.73), SPEC.heads)
+        w = weights_from_scores(delta, mask, **shape)
+        target = gae_targets(score[index], value, document, pad, gamma=0.97, gae_lambda=0.83)
+        error = (value - target.detach())[~pad].square().mean()
+        assert seen.value_loss == pytest.approx(float(error), rel=1e-5)
+        loss = 0.37 * error
+    else:
+        mean = None if algorithm == "rho1 raw" else (weighting_of(recipe).mean_h / 0.5).float()
+        aligned = align_next(score[index], SPEC.heads)
+        excess = excess_score(ce.detach(), aligned, head_mean=mean, min_ce_diff=0.21)
+        w = (
+            token_skip_weights(excess, mask, skip_percentile=0.37, mix=0.7)
+            if algorithm == "token_skip"
+            else weights_from_scores(excess, mask, **shape)
+        )
+    policy = (w * ce)[mask].sum() / mask.sum()
+    assert seen.wmtp_loss == pytest.approx(float(policy), rel=1e-5)
+    (loss + policy).backward()
+    for name, grad in gradients(model).items():
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_the_running_mean_decays_as_the_recipe_says() -> None:
+    weighting = Weighting(recipe_of("rho1", "rho1.center_decay=0.75"))
+    sums = torch.tensor([[4.0, 2, 2, 2], [2, 2, 2, 2]], dtype=torch.float64)
+    weighting.remember(sums)
+    weighting.remember(sums * torch.tensor([[2.0], [1.0]]))
+    assert weighting.mean_h[0] == pytest.approx(0.25 * 2 * 0.75 + 0.25 * 4)
+    assert weighting.mass_h[0] == pytest.approx(0.25 * 0.75 + 0.25)
+
+
+def test_a_head_without_a_mean_keeps_the_step_unweighted() -> None:
+    weighting = weighting_of(recipe_of("rho1"))
+    assert not weighting.unweighted
+    weighting.mass_h[3] = 0
+    assert weighting.unweighted
 
 
 @pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "baseline"])

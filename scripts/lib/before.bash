@@ -50,8 +50,9 @@ need_room() {
 
 # scores_kept NAME: whether scores of this name are on this disk or in the bucket, whole.
 scores_kept() {
-  local disk=${WMTP_APP_ROOT:-/app}/checkpoints
-  if [[ $CHECKPOINTS == file:///app/* ]]; then disk=${WMTP_APP_ROOT:-/app}/${CHECKPOINTS#file:///app/}; fi
+  local disk where=$CHECKPOINTS
+  [[ $where == file://* ]] || where=file:///app/checkpoints
+  disk=$(python -c 'import sys; from wmtp.paths import PathResolver; print(PathResolver().resolve(sys.argv[1])[1])' "$where")
   [[ ! -e $disk/.scores/$1/.complete ]] || return 0
   [[ $CHECKPOINTS == s3://* ]] || return 1
   local rest=${CHECKPOINTS#s3://}

@@ -90,6 +90,7 @@ class TokenizersTokenizer:
             raise DataError(_unreadable(path, "a tokenizer.json", error)) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # `</s>` in a text is text
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         named = _special_tokens(path.parent / "tokenizer_config.json")
         self.bos_id: int = self._special(path, named.get("bos_token", "<s>"))

@@ -25,6 +25,8 @@ from wmtp.paths import PathResolver
 FORMAT = 1
 REFERENCE, REWARD = "reference", "reward"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # in the order in which a tokenizer is looked for
+NAMES = "tokenizer_config.json"  # which pieces begin and end a text, for a tokenizer.json
+MARKER = ".complete"
 
 
 def scorer_of(recipe: settings.Recipe) -> tuple[str, str] | None:
@@ -37,26 +39,43 @@ def scorer_of(recipe: settings.Recipe) -> tuple[str, str] | None:
     return None
 
 
-def files_of(folder: Path, manifests: Path | None, name: str) -> list[Entry]:
-    """What a model consists of: from the manifest that it came with, from a kept one, or by reading it all."""
+def untouched(folder: Path, entries: Sequence[Entry]) -> bool:
+    """Whether a synced folder still is what its manifest says, by sizes and times: its marker was written last."""
+    try:
+        proved = (folder / MARKER).stat().st_mtime_ns
+        stats = [(entry, (folder / entry.path).stat()) for entry in entries]
+    except OSError:
+        return False
+    return all(stat.st_size == entry.bytes and stat.st_mtime_ns <= proved for entry, stat in stats)
+
+
+def files_of(folder: Path, manifests: Path | None, name: str, coming: bool = False) -> list[Entry]:
+    """What a model consists of: as the bucket has it where it is ``coming``, else as it lies here, else as kept."""
     kept = manifests / f"{name}.json" if manifests else None
-    for manifest in (folder / MANIFEST, kept):
-        if manifest and manifest.is_file():
-            return list(load_manifest(manifest).files)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: neither the model nor its manifest is there")
-    return [Entry(**item) for item in create(folder.resolve(), name)["files"]]
+    if coming and kept and kept.is_file():
+        return list(load_manifest(kept).files)
+    if folder.is_dir():
+        own = folder / MANIFEST
+        entries = list(load_manifest(own).files) if own.is_file() else []
+        if entries and untouched(folder, entries):
+            return entries
+        return [Entry(**item) for item in create(folder.resolve(), name)["files"]]
+    # A kept manifest speaks of the folder that the sync makes, of no other of that name.
+    if kept and kept.is_file() and folder == Path(PathResolver().resolve(f"file:///app/models/{name}")[1]):
+        return list(load_manifest(kept).files)
+    raise FileNotFoundError(f"{folder}: neither the model nor its manifest is there")
 
 
-def tokenizer_digest(folder: Path, manifests: Path | None, name: str) -> str:
-    """blake3 of a model's tokenizer file."""
-    for tokenizer in TOKENIZERS:
-        if (folder / tokenizer).is_file():
-            return hash_file(folder / tokenizer)
-    by_path = {entry.path: entry.blake3 for entry in files_of(folder, manifests, name)}
-    for tokenizer in TOKENIZERS:
-        if tokenizer in by_path:
-            return by_path[tokenizer]
+def tokenizer_digest(folder: Path, manifests: Path | None, name: str, coming: bool = False) -> str:
+    """blake3 of a model's tokenizer file, and of the one that names its special tokens where that is another."""
+    if folder.is_dir() and not coming:
+        by_path = {n: hash_file(folder / n) for n in (*TOKENIZERS, NAMES) if (folder / n).is_file()}
+    else:
+        by_path = {entry.path: entry.blake3 for entry in files_of(folder, manifests, name, coming)}
+    if TOKENIZERS[0] in by_path:
+        return by_path[TOKENIZERS[0]]
+    if TOKENIZERS[1] in by_path:
+        return by_path[TOKENIZERS[1]] + by_path.get(NAMES, "")
     raise FileNotFoundError(f"{name}: no {' or '.join(TOKENIZERS)}")
 
 
@@ -72,15 +91,17 @@ def data_digests(config: settings.Config, sources: Sequence[str]) -> list[str]:
     return found
 
 
-def ingredients(config: settings.Config, recipe: settings.Recipe, manifests: Path | None) -> dict[str, Any]:
+def ingredients(
+    config: settings.Config, recipe: settings.Recipe, manifests: Path | None, coming: bool = False
+) -> dict[str, Any]:
     """Everything that the scores depend on, by content: no path, no name. Raises OSError, ManifestError."""
     scorer = scorer_of(recipe)
     assert scorer
     kind, role = scorer
 
-    def model(role: str) -> tuple[Path, Path | None, str]:
+    def model(role: str) -> tuple[Path, Path | None, str, bool]:
         path = PathResolver().resolve(getattr(config.paths.models, role))[1]
-        return Path(path), manifests, path.rstrip("/").rpartition("/")[2]
+        return Path(path), manifests, path.rstrip("/").rpartition("/")[2], coming
 
     return {
         "format": FORMAT,
@@ -96,9 +117,14 @@ def ingredients(config: settings.Config, recipe: settings.Recipe, manifests: Pat
     }
 
 
-def kept_name(config: settings.Config, recipe: settings.Recipe, manifests: Path | None) -> tuple[str, dict[str, Any]]:
-    """`KIND-DIGEST`, the folder of the kept scores, and what the digest was made of."""
-    what = ingredients(config, recipe, manifests)
+def kept_name(
+    config: settings.Config, recipe: settings.Recipe, manifests: Path | None, coming: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """`KIND-DIGEST`, the folder of the kept scores, and what the digest was made of.
+
+    ``coming``: for the sync, whose manifests say what the models will be.
+    """
+    what = ingredients(config, recipe, manifests, coming)
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return f"{what['kind']}-{digest[:32]}", what
 
@@ -123,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = "-"
         if scorer and role == scorer[1] and role != "base":
             try:
-                name = kept_name(config, recipe, arguments.manifests)[0]
+                name = kept_name(config, recipe, arguments.manifests, coming=True)[0]
             except (OSError, ManifestError) as error:
                 print(f"scores    warn  {error}: whether scores are kept can't be known here", file=sys.stderr)
         print(role, uri.rstrip("/").rpartition("/")[2], name, sep="\t")

@@ -50,17 +50,26 @@ class Kept:
         self.shelf, self.name = shelf, name
         self.folder, self.parts = shelf.folder / name, shelf.folder / f".{name}.parts"
 
-    def load(self) -> dict[str, Tensor] | None:
-        """`[N, S]` float32 of each set, from disk or bucket; None where they are not kept. Rank 0 only."""
-        if not (self.folder / MARKER).is_file() and self.shelf.remote:
-            self._fetch()
-        if not (self.folder / MARKER).is_file():
-            return None
-        try:
-            return load_file(self.folder / "scores.safetensors")
-        except (OSError, SafetensorError) as error:
-            say(f"score     warn  {self.folder} can't be read ({error}): scored again")
-            return None
+    def load(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor] | None:
+        """`[N, S]` float32 of each set, from disk, else from the bucket; None where they are not kept whole."""
+        marker = self.folder / MARKER
+        for _ in range(2):
+            if not marker.is_file() and self.shelf.remote:
+                self._fetch()
+            if not marker.is_file():
+                return None
+            try:
+                found = load_file(self.folder / "scores.safetensors")
+                fits = shapes is None or {k: tuple(v.shape) for k, v in found.items()} == dict(shapes)
+                problem = None if fits else "of other rows"
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+            if problem is None:
+                return found
+            say(f"score     warn  {self.folder} can't be used ({problem}): fetched or scored again")
+            # Without its marker the sync brings the scorer again.
+            marker.unlink(missing_ok=True)
+        return None
 
     def bring(self) -> None:
         """Upload what a kill kept from the bucket. Rank 0 only; a bucket that doesn't answer is told, not a failure."""
@@ -89,7 +98,8 @@ class Kept:
         self.shelf.finish(staging, self.folder)
 
     def part(self, block: Block) -> Path:
-        return self.parts / f"{block[0]}-{block[1]}.safetensors"
+        # Named by what is in it: another start may cut blocks of another size.
+        return self.parts / f"{block[0]}-{block[2][0]}-{block[2][-1] + 1}.safetensors"
 
     def missing(self, blocks: Sequence[Block]) -> list[Block]:
         """The blocks that no earlier start has finished."""
@@ -105,7 +115,19 @@ class Kept:
         staging.replace(self.part(block))
 
     def finish(self, scores: Mapping[str, Tensor], what: Mapping[str, Any]) -> None:
-        """Keep the joined scores, bring them to the bucket, forget the parts. Rank 0 only."""
+        """Keep the joined scores, bring them to the bucket, forget the parts. Rank 0 only.
+
+        Raises RuntimeError for a score that is not finite: kept, it would spoil every run that reads it.
+        """
+        for name, values in scores.items():
+            bad = (~torch.isfinite(values)).nonzero()
+            if len(bad):
+                shutil.rmtree(self.parts)
+                raise RuntimeError(
+                    f"{self.name}: {len(bad)} scores of {name} are not finite, the first in row {int(bad[0][0])} "
+                    f"at token {int(bad[0][1])}; rule: nothing is trained by such scores; next: look at the scorer's "
+                    "weights (scripts/sync_models.sh proves them)"
+                )
         staging = self.shelf.folder / f".step-{self.name}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -337,14 +359,25 @@ def pseudo_rewards(ref_ce: Tensor, rows: Rows) -> Tensor:
     return reward
 
 
-def zscored(rewards: Mapping[str, Tensor], sets: Mapping[str, Rows]) -> dict[str, Tensor]:
+def longer_than_one(rows: Rows) -> Tensor:
+    """`[N, S]` bool: where a document of at least two tokens ends. Of one token alone nothing was predicted."""
+    starts = torch.ones_like(rows.pad)
+    starts[:, 1:] = rows.document[:, 1:] != rows.document[:, :-1]
+    return last_tokens(rows) & ~starts
+
+
+def zscored(
+    rewards: Mapping[str, Tensor], sets: Mapping[str, Rows], ends_of: Callable[[Rows], Tensor] = last_tokens
+) -> dict[str, Tensor]:
     """Rewards less the training set's mean, over its (population) deviation, at each document's last token.
 
     A deviation of 0 gives 0 everywhere and a warning: such rewards tell nothing.
     """
-    ends = {name: last_tokens(rows) for name, rows in sets.items()}
+    ends = {name: ends_of(rows) for name, rows in sets.items()}
     known = rewards["train"][ends["train"]].double()
     mean, deviation = known.mean(), known.std(correction=0)
+    if not torch.isfinite(known).all():
+        raise RuntimeError("rewards that are not finite; rule: a reward is a number; next: look at the reward model")
     if not deviation > 1e-12 * known.abs().max().clamp(min=1):
         say(f"score     warn  all {len(known)} rewards are {float(mean):.4g}: they tell nothing, so every weight is 1")
         return {name: torch.zeros_like(values) for name, values in rewards.items()}
@@ -375,6 +408,8 @@ def load_scores(
     if scorer is None:
         return {}
     uri, what = getattr(config.paths.models, scorer[1]), f"paths.models.{scorer[1]}"
+    rows = {name: corpus.rows for name, corpus in sets.items()}
+    shapes = {name: tuple(part.x.shape) for name, part in rows.items()}
     named: list[Any] = [None, None]
     found: list[Any] = [None]
     if place.rank == 0:
@@ -383,13 +418,12 @@ def load_scores(
             local_path(uri, what)
         named = list(kept_name(config, recipe, manifests))
         kept = Kept(shelf, named[0])
-        found = [kept.load()]
+        found = [kept.load(shapes)]
         if found[0] is not None:
             kept.bring()
     if dist.is_initialized():
         dist.broadcast_object_list(named, src=0)
     kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)
-    rows = {name: corpus.rows for name, corpus in sets.items()}
     reference: MTPModel | None = None
     judge: RewardModel | None = None
     if made:
@@ -410,7 +444,7 @@ def load_scores(
     gc.collect()
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
-    scores = kept.load()
+    scores = kept.load(shapes)
     if scores is None:
         raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
     say(f"score     {named[0]} {'kept' if made else 'was kept: the scorer is not needed'}")
@@ -418,4 +452,5 @@ def load_scores(
         return scores
     if scorer[0] == REFERENCE:
         scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}
+        return zscored(scores, rows, longer_than_one)
     return zscored(scores, rows)

@@ -108,8 +108,11 @@ class Weighting:
 
     @property
     def unweighted(self) -> bool:
-        """Nothing to centre with yet: the first step."""
-        return self.centred and not bool(self.mass_h.any())
+        """A head has nothing to be centred with yet: the first step, or longer where documents are very short.
+
+        Uncentred, that head's excess would weigh more than all the others'.
+        """
+        return self.centred and not bool(self.mass_h.all())
 
     def head_mean(self, device: torch.device) -> Tensor | None:
         """`[H]` float32: the running mean of each head's excess; 0 for a head that has none."""

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
-from wmtp.checkpoint import Checkpoints, local_bytes
+from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_corpus
 from wmtp.evaluation import held_out_ce, weigh_documents
 from wmtp.heatmap import Example, shown_texts, token_weights, write_heatmap
@@ -137,7 +137,9 @@ def start_ranks(config: settings.Config, device: torch.device) -> Place:
             f"devices.fsdp.enabled: false with {dist.get_world_size()} ranks; rule: ranks share one model through "
             "FSDP; next: --set devices.fsdp.enabled=true"
         )
-    return Place(device, dist.get_world_size(), dist.get_rank())
+    # FSDP's policy casts; without it, autocast does.
+    half = config.devices.mixed_precision == "bf16" and not config.devices.fsdp.enabled
+    return Place(device, dist.get_world_size(), dist.get_rank(), half)
 
 
 def die_with_parent() -> None:
@@ -302,6 +304,10 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     step = progress.step = checkpoints.resume(model, optimizer, state)
     if step:
         weighting.load_state_dict(state["weighting"])
+        if weighting.needs_value and recipe.pretrain.enabled and place.rank == 0:
+            shelf = checkpoints_at(f"{name}/pretrain")
+            if (shelf.folder / "value_head" / MARKER).exists():
+                shelf.upload(shelf.folder / "value_head")  # a kill may have come before its upload ended
     elif weighting.needs_value and recipe.pretrain.enabled:
         scored = (held, scores["eval"]) if held else None
         stage1 = checkpoints_at(f"{name}/pretrain")
