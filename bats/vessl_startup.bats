@@ -208,6 +208,11 @@ gone() {
   run -1 pgrep -f 'sleep 27972'
 }
 
+@test "vessl_startup: a training that does not end with its hours is killed after the grace" {
+  TRAINER=hangs MAX_HOURS=0.0005 WMTP_GRACE_S=1 run -20 --separate-stderr startup
+  [[ $stderr == *'FAIL  MAX_HOURS: 0.0005 h are used up'* ]]
+}
+
 @test "vessl_startup: no secret is in a trace" {
   run -0 --separate-stderr bash -x "$tree/docker/vessl_startup.sh"
   [[ $stderr == *'credentials: yes'* && $stderr != *canary* ]]

@@ -104,6 +104,7 @@ train() {
   code=$(python -c 'import json, sys; e = json.load(open(sys.argv[1])); print(int(e["code"])); print("step", e["step"], e["cause"] or "")' \
     "$exit_file" 2>/dev/null) || code=
   if [[ -z $code ]]; then
+    [[ -z ${hung:-} ]] || leave 20 "training ended with $rc after $took s: it did not save within ${WMTP_GRACE_S:-1200} s and was killed"
     ((ended_by == 0)) || leave "$ended_by"
     leave 20 "training ended with $rc after $took s and left no exit.json" 'the trainer itself says how it ended'
   fi

@@ -88,6 +88,7 @@ main() {
   for name in LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET MAX_HOURS BASE_IMAGE IMAGE_PYTHON; do asked[$name]=${!name:-}; done
   [[ -n ${ENV:-} && -n ${ALGO:-} ]] || die 2 "$([[ -n ${ENV:-} ]] && echo ALGO || echo ENV) is not set" 'a deploy names both' \
     'make deploy ENV=production ALGO=critic-wmtp'
+  [[ ${STALL_S:-1} =~ ^[0-9]{1,6}$ ]] || die 2 "STALL_S=$STALL_S" 'whole seconds without a new log line' 'STALL_S=1800'
   need_cmd python
   cd "$ROOT"
   export LAUNCHER=${LAUNCHER:-vessl} ENV ALGO

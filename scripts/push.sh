@@ -37,7 +37,9 @@ private_folder() {
 read_token() {
   [[ ! -t 0 ]] || return 0
   # No assignment and no test of it: `bash -x` would show the value.
-  IFS=$' \t\r\n' read -r -t 5 token || true
+  local rc=0
+  IFS=$' \t\r\n' read -r -t 15 token || rc=$?
+  ((rc <= 128)) || die 3 'no token came on standard input within 15 s' 'a token is offered on standard input, or nothing is' 'make push </dev/null uses the engine'"'"'s own login'
 }
 
 # failed: what the engine said, with the code that it stands for.
@@ -87,6 +89,10 @@ main() {
   fi
   mkdir -p "$IMAGE_DIR" 2>/dev/null || die 10 "$IMAGE_DIR can't be written" 'the digest is kept there' 'make it writable'
   docker image inspect "$REPOSITORY:$TAG" >/dev/null 2>&1 || die 2 "$REPOSITORY:$TAG is not built" 'what was built is pushed' "make build ENV=$ENV"
+  [[ $ENV != production || $TAG != *-dirty ]] || die 2 "$TAG: the tree has changes that no commit has" 'production runs a commit' 'git commit, then: make build push'
+  exec 7>"$IMAGE_DIR/.push.lock"
+  flock -n 7 || log push "another push of $ENV is at work; waiting for it"
+  flock -w 3600 7 || die 1 "another push of $ENV takes longer than an hour" 'one at a time' 'stop it'
   trap cleanup EXIT
   rm -rf -- "$IMAGE_DIR/.login"
   read_token

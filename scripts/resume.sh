@@ -21,9 +21,13 @@ main() {
     log resume "would run: unless a run named $NAME lives: $(launcher_command "$RUN_DIR/run.yaml")"
     return 0
   fi
-  rm -f -- "$RUN_DIR/stopped"
   RESUME=1 create_once "$RUN_DIR/run.yaml" "$NAME" "$RUN_DIR"
-  log resume "ok: run $NUMBER goes on with $NAME from its newest whole checkpoint"
+  if [[ -n $CREATED ]]; then
+    rm -f -- "$RUN_DIR/stopped"
+    log resume "ok: run $NUMBER goes on with $NAME from its newest whole checkpoint"
+  else
+    log resume "run $NUMBER of $NAME lives: it is left as it is"
+  fi
   printf '%s\n' "$NUMBER"
 }
 

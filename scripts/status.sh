@@ -9,13 +9,14 @@ STAGE=status
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/run.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+# shellcheck source=scripts/lib/follow.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/follow.bash"
 
 main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"
   find_run
-  local state
-  state=$(launcher_read "$NUMBER")
-  printf '%s\t%s\t%s\n' "$NUMBER" "$NAME" "$state"
+  known_state
+  printf '%s\t%s\t%s\t%s\n' "$NUMBER" "$NAME" "$STATUS" "$REASON"
 }
 
 [[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

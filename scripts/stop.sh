@@ -16,16 +16,17 @@ main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"
   find_run
   local began=$SECONDS
-  poll
+  known_state
+  # Also of a run that has ended: `make watch` would else take it for preempted.
+  if [[ -n $RUN_DIR && ${DRY_RUN:-} != 1 ]]; then keep "$RUN_DIR/stopped" "$NUMBER"; fi
   if is_live "$STATUS"; then
     if [[ ${DRY_RUN:-} == 1 ]]; then
       log stop "would run: stop of run $NUMBER ($NAME)"
       return 0
     fi
-    if [[ -n $RUN_DIR ]]; then keep "$RUN_DIR/stopped" "$NUMBER"; fi
     log stop "run $NUMBER ($NAME) is $STATUS; it is told to end"
     launcher_stop "$NUMBER"
-    while poll && is_live "$STATUS"; do
+    while known_state && is_live "$STATUS"; do
       ((SECONDS - began < 600)) || die 11 "run $NUMBER is still $STATUS after 600 s" 'a stopped run saves and ends' "make status RUN_ID=$NUMBER"
       log stop "$STATUS, $((SECONDS - began)) s"
       sleep "${POLL_S:-5}"

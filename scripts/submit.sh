@@ -28,6 +28,8 @@ pushed_image() {
     return 0
   fi
   pushed=$(cat "$ROOT/build/$ENV/image.revision" 2>/dev/null || true)
+  [[ $ENV != production || $pushed != *-dirty ]] ||
+    refuse 2 "the pushed image $pushed has changes that no commit has" 'production runs a commit' 'git commit, then: make build push ENV=production'
   [[ ${pushed%-dirty} == "$(revision)" ]] ||
     refuse 2 "the pushed image is of ${pushed:-?}, this tree is $(revision)" 'a run and its image are of one revision' "make build push ENV=$ENV"
 }
@@ -53,7 +55,7 @@ main() {
   use_launcher "$LAUNCHER"
   pushed_image
   name_run
-  [[ $LAUNCHER != docker ]] || render+=(--env-file "$RUN_DIR/run.env")
+  [[ $LAUNCHER != docker ]] || render+=(--env-file "$RUN_DIR/.run.env.new")
   mkdir -p "$RUN_DIR" 2>/dev/null || die 10 "$RUN_DIR can't be written" 'a stage hands its results on there' 'make it writable'
   render+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$NAME" --image "$IMAGE" --revision "$(revision)")
   if [[ $ENV == production && ${DRY_RUN:-} != 1 ]]; then
@@ -62,18 +64,19 @@ main() {
     log submit "would refuse: no dry run of $NAME is here (next: make dryrun ENV=$ENV ALGO=$ALGO)"
   fi
   log submit "$NAME"
-  python -m wmtp.runfile "${render[@]}" --output "$RUN_DIR/run.yaml" >"$RUN_DIR/.summary" || exit 2
+  rm -f -- "$RUN_DIR/.run.env.new"
+  python -m wmtp.runfile "${render[@]}" --output "$RUN_DIR/.run.yaml.new" >"$RUN_DIR/.summary" || exit 2
   sed 's/^/submit    /' "$RUN_DIR/.summary" >&2
   launcher_open
   if [[ ${DRY_RUN:-} == 1 ]]; then
-    log submit "would run: unless a run named $NAME lives: $(launcher_command "$RUN_DIR/run.yaml")"
+    log submit "would run: unless a run named $NAME lives: $(launcher_command "$RUN_DIR/.run.yaml.new")"
     return 0
   fi
   ask
   known=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --get launcher.cluster launcher.preset)
   { read -r cluster && read -r preset; } <<<"$known"
   launcher_check "$cluster" "$preset"
-  create_once "$RUN_DIR/run.yaml" "$NAME" "$RUN_DIR"
+  create_once "$RUN_DIR/.run.yaml.new" "$NAME" "$RUN_DIR"
   ln -sfn "$NAME" "build/$ENV/latest"
   log submit "ok: run $NUMBER. make logs RUN_ID=$NUMBER · make stop RUN_ID=$NUMBER"
   printf '%s\n' "$NUMBER"

@@ -19,7 +19,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/follow.bash"
 again() {
   local code
   code=$(code_of "$@")
-  if [[ -f $RUN_DIR/stopped && $(<"$RUN_DIR/stopped") == "$NUMBER" ]]; then
+  if [[ -f $RUN_DIR/stopped && $(<"$RUN_DIR/stopped") == "$NUMBER" ]] ||
+    [[ $STATUS == terminated && $REASON != *[Pp]reempt* ]]; then
     WHY='a person stopped it' CODE=143
     return 1
   fi
@@ -50,6 +51,7 @@ main() {
   local most=${WATCH_MAX:-5} used=0 ran=0 WHY='' CODE=1
   local -a tail=()
   [[ $most =~ ^[0-9]{1,3}$ ]] || die 2 "WATCH_MAX=$most" 'a number of resubmissions, 0 to 999' 'WATCH_MAX=5'
+  most=$((10#$most))
   find_run
   [[ -n $RUN_DIR && -s $RUN_DIR/run.yaml ]] ||
     die 2 "$NAME: its run file is not in this checkout" 'a resubmitted run has the image and the settings of the first' 'watch where it was submitted'

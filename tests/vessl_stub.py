@@ -10,6 +10,7 @@ line), `token` (the one that is accepted, default `stub-token`), and `faults`, r
     slow                 every answer takes 40 s            drop-after-create  the run is there, the connection is cut
     no-cluster           no cluster is listed               fails-initializing the run fails before it runs
     logs-stop            after two lines nothing comes      preempted          the run is killed in the middle
+    hold-before-create   the run is there 8 s after it was asked for
     forget               a created run is never listed      hold-after-create  the run is there, its answer takes 40 s
 
 A run moves on by being asked after: pending, initializing, running, completed; its log grows meanwhile.
@@ -188,6 +189,10 @@ def handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                 one = {"id": 1, "name": PRESET, "cpu_type": "Any", "cpu_limit": 48, "memory_limit": "400Gi"}
                 return self.answer(200, {"results": [one | {"gpu_type": "A100", "gpu_limit": 4, "spot": False}]})
             if path.endswith("/run/spec/create_from_yaml") and method == "POST":
+                if stub.has("hold-before-create"):
+                    stub.lock.release()
+                    time.sleep(8)
+                    stub.lock.acquire()
                 number = stub.create(body["yaml_spec"])
                 if stub.has("hold-after-create"):
                     stub.lock.release()

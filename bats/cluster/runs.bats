@@ -91,3 +91,41 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
   run -0 --separate-stderr stage watch
   [[ $output == 8 && $stderr == *'told to end and saved'* ]]
 }
+
+@test "stop: no answer is no success" {
+  fault 401
+  run -11 --separate-stderr stage stop
+  [[ -z $output ]]
+  told_what_to_do
+  fault
+  run -0 --separate-stderr stage stop
+  [[ $output == terminated && $(status_of 7) == terminated ]]
+}
+
+@test "watch: a run that was stopped after its end, or ended elsewhere, is left alone" {
+  ended terminated 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
+  run -143 --separate-stderr stage watch
+  ended failed 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
+  run -0 --separate-stderr stage stop
+  run -143 --separate-stderr stage watch
+  [[ $(runs) == 1 ]]
+}
+
+@test "stop: a run of that number but another name is not touched" {
+  "$repo/.venv/bin/python" -c 'import json, sys
+run = json.load(open(sys.argv[1])); run["run_spec"]["title"] = "colleague"; json.dump(run, open(sys.argv[1], "w"))' "$stub/runs/7.json"
+  run -2 --separate-stderr stage stop
+  [[ $stderr == *'run 7 is colleague, not minitest-critic-wmtp-'* && $(status_of 7) != terminated ]]
+}
+
+@test "resume: of what was submitted first, whatever was rendered since; one that is being stopped is no run to go on with" {
+  rm "$tree/build/minitest/image.digest"
+  ENV=minitest ALGO=critic-wmtp DRY_RUN=1 run -0 --separate-stderr submit
+  ended stopping
+  run -2 --separate-stderr stage resume
+  [[ $stderr == *'is being stopped'* ]]
+  ended failed
+  run -0 --separate-stderr stage resume
+  [[ $output == 8 ]]
+  cmp "$stub/runs/7.yaml" "$stub/runs/8.yaml"
+}

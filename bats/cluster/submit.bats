@@ -159,3 +159,37 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   SET=seed=7 run -2 --separate-stderr submit
   [[ $(runs) == 1 ]]
 }
+
+@test "submit: one run when it alone was killed with its request under way" {
+  fault hold-before-create
+  "$tree/scripts/submit.sh" >/dev/null 2>&1 3>&- &
+  local pid=$! i
+  for ((i = 0; i < 300; i++)); do
+    if grep -q create_from_yaml "$stub/requests.log" 2>/dev/null; then break; fi
+    sleep 0.1
+  done
+  kill -KILL "$pid"
+  run -0 --separate-stderr submit
+  sleep 1
+  [[ $output == 7 && $(runs) == 1 ]]
+}
+
+@test "submit: one name is one work: other settings under it are refused, a rehearsal changes no run file" {
+  RUN_NAME=mine run -0 --separate-stderr submit
+  RUN_NAME=mine SET=seed=7 run -2 --separate-stderr submit
+  [[ $stderr == *'lives already as run 7, of other settings'* ]]
+  told_what_to_do
+  RUN_NAME=mine SET=seed=7 DRY_RUN=1 run -0 --separate-stderr submit
+  cmp <(grep -v '^#' "$tree/build/minitest/mine/run.yaml" | grep -c seed=7 || true) <(echo 0)
+  [[ $(runs) == 1 ]]
+}
+
+@test "submit: words that are no switch are refused, as are names that name runs already" {
+  DRY_RUN=true run -2 --separate-stderr submit
+  [[ $stderr == *'DRY_RUN=true'* ]]
+  RESUME=yes run -2 --separate-stderr submit
+  RUN_NAME=latest run -2 --separate-stderr submit
+  RUN_NAME=7 run -2 --separate-stderr submit
+  VESSL_TIMEOUT_S=soon run -2 --separate-stderr submit
+  [[ ! -e $stub/requests.log ]]
+}

@@ -84,6 +84,15 @@ copy_whole() {
   cp -- "$1" "$half" && mv -fT -- "$half" "$2"
 }
 
+# switch NAME…: each is unset, 0 or 1; another word would silently mean the opposite of what was typed.
+switch() {
+  local name
+  for name in "$@"; do
+    [[ ${!name:-0} =~ ^[01]$ ]] || die 2 "$name=${!name}" "$name is 1, or not set" "$name=1"
+  done
+}
+switch DRY_RUN RESUME FOLLOW
+
 # retry TRIES WAIT_S COMMAND…: says which try of how many; ends with the last try's status.
 retry() {
   local tries=$1 wait=$2 try rc=0

@@ -38,7 +38,7 @@ report() {
   local index
   {
     printf '# %s\n\n| what | value |\n| --- | --- |\n' "$NAME"
-    printf '| run | %s (%s) |\n| image | %s |\n' "$NUMBER" "$LAUNCHER" "$(cat "build/$ENV/image.digest")"
+    printf '| run | %s (%s) |\n| image | %s |\n' "$NUMBER" "$LAUNCHER" "$(sed -n 's/^image: //p' "$RUN_DIR/run.yaml")"
     printf '| configuration | %s |\n| recipe | %s |\n| settings | %s |\n' "$CONFIG" "$RECIPE" "${SET:-none}"
     # shellcheck disable=SC2016 # the ticks are Markdown's
     printf '| first steps | Step %s |\n| again | `%s` |\n\n| stage | seconds |\n| --- | --- |\n' "${step:-none seen}" "$(again)"

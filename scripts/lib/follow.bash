@@ -24,12 +24,17 @@ fresh_lines() {
   seen_line=${lines[-1]}
 }
 
+[[ ${POLL_S:-1} =~ ^[0-9]{1,5}(\.[0-9]+)?$ ]] || die 2 "POLL_S=$POLL_S" 'seconds between two looks, a number' 'POLL_S=10'
+
 # state_of: STATUS and REASON of the run; the last known ones when the service does not answer.
 STATUS='' REASON=''
 state_of() {
   local text
   text=$(launcher_read "$NUMBER" 2>/dev/null) || return 1
-  IFS=$'\t' read -r STATUS REASON <<<"$text"
+  local title
+  IFS=$'\t' read -r STATUS title REASON <<<"$text"
+  [[ -z $title || -z $NAME || $title == "$NAME" ]] || die 2 "run $NUMBER is $title, not $NAME" \
+    "a number is a run of one project; the one that is asked now is another" 'set VESSL_DEFAULT_ORGANIZATION and VESSL_DEFAULT_PROJECT as at its submission'
 }
 
 # poll: state and fresh lines, bearing up to five calls in a row that were not answered.
@@ -43,6 +48,11 @@ poll() {
     ((misses < 5)) || die 11 "$(launcher_name) did not answer 5 times in a row" 'run and log are asked for again and again' \
       "the run itself goes on; the same command again, or make status RUN_ID=$NUMBER"
   fi
+}
+
+# known_state: polls until the service has answered.
+known_state() {
+  while poll && ((misses)); do sleep "${POLL_S:-2}"; done
 }
 
 # code_of LINE…: the code with which the startup script ended, from its last FAIL; empty where it did not say.

@@ -23,7 +23,7 @@ launcher_check() {
 
 launcher_runs() {
   docker ps -a --no-trunc --filter label=wmtp.run --format '{{.ID}} {{.Names}} {{.Status}}' |
-    awk '{id = substr($1, 1, 12); status = "pending"}
+    awk '{id = substr($1, 1, 12); status = "failed"} # Created or Dead: it never ran, or never will
       $3 == "Up" {status = "running"}
       $3 == "Exited" {status = $4 == "(0)" ? "completed" : "failed"}
       {print id, $2, status}'
@@ -32,7 +32,7 @@ launcher_runs() {
 engine_command() {
   local gpus image
   image=$(sed -n 's/^# image //p' "$1") gpus=$(sed -n 's/^# gpus //p' "$1")
-  COMMAND=(docker run -d --name "$2" --label wmtp.run --network host --shm-size 16g --stop-timeout 600
+  COMMAND=(docker run -d --name "$2" --label wmtp.run=wmtp --network host --shm-size 16g --stop-timeout 600
     -v wmtp-models-cache:/cache/models --env-file "$1")
   if ((gpus)); then COMMAND+=(--gpus all); fi
   COMMAND+=("$image")
@@ -42,15 +42,21 @@ engine_command() {
 launcher_create() {
   local file=${1%run.yaml}run.env rc=0
   local -a COMMAND=()
-  if docker container inspect "$2" >/dev/null 2>&1; then
+  local there
+  there=$(docker container inspect --format '{{.State.Status}} {{index .Config.Labels "wmtp.run"}}.' "$2" 2>/dev/null) || there=''
+  [[ -z $there || $there == *' wmtp.' ]] ||
+    die 2 "$2 is a container that is no run of this project" 'a run is a container of the run'"'"'s name' 'another RUN_NAME'
+  if [[ $there == 'created '* ]]; then docker rm "$2" >/dev/null && there=''; fi
+  if [[ -n $there ]]; then
     # The same container again: what it kept on its own disk is still there.
     SAID=$(docker start "$2" 2>&1) || rc=$?
   else
     engine_command "$file" "$2"
     SAID=$("${COMMAND[@]}" 2>&1) || rc=$?
+    # What was created and could not start holds nothing.
+    if ((rc)); then docker rm "$2" >/dev/null 2>&1 || true; fi
   fi
   if ((rc)); then
-    docker rm "$2" >/dev/null 2>&1 || true
     die 1 "$2 was not started: $(launcher_said)" 'the engine starts the container, with its GPUs' 'mend what it says, then again'
   fi
   NUMBER=$(docker container inspect --format '{{.Id}}' "$2" | cut -c1-12)
@@ -58,18 +64,21 @@ launcher_create() {
 
 launcher_command() {
   local -a COMMAND=()
-  engine_command "${1%run.yaml}run.env" "$NAME"
+  local file=${1%run.yaml}run.env
+  [[ $1 != *.new ]] || file=${1%.run.yaml.new}.run.env.new
+  engine_command "$file" "$NAME"
   printf '%s\n' "${COMMAND[*]}"
 }
 
 launcher_read() {
-  docker container inspect --format '{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}' "$1" |
-    awk '{status = "pending"; reason = "exit code " $2}
+  docker container inspect --format '{{.State.Status}} {{.State.ExitCode}} {{.Name}}' "$1" |
+    awk '{status = "failed"; reason = "exit code " $2; sub("^/", "", $3)}
       $1 == "running" {status = "running"; reason = ""}
       $1 == "exited" {status = $2 == 0 ? "completed" : "failed"}
-      {print status "\t" reason}'
+      {print status "\t" $3 "\t" reason}'
 }
 
-launcher_logs() { docker logs --timestamps --tail "$2" "$1" 2>&1; }
+# Of its present life: a container that was started again keeps the log of the one before.
+launcher_logs() { docker logs --timestamps --since "$(docker container inspect --format '{{.State.StartedAt}}' "$1")" --tail "$2" "$1" 2>&1; }
 
 launcher_stop() { docker stop "$1" >/dev/null; }

@@ -15,6 +15,7 @@ launcher_open() {
   for name in VESSL_ACCESS_TOKEN VESSL_DEFAULT_ORGANIZATION VESSL_DEFAULT_PROJECT; do
     filled "$name" || refuse 3 "$name is not set" 'the client logs in with token, organization and project' "export $name=…, then again"
   done
+  [[ ${VESSL_TIMEOUT_S:-1} =~ ^[1-9][0-9]{0,4}$ ]] || die 2 "VESSL_TIMEOUT_S=$VESSL_TIMEOUT_S" 'whole seconds' 'VESSL_TIMEOUT_S=60'
   [[ ${DRY_RUN:-} != 1 ]] || return 0
   cmp -s "$ROOT/.venv-vessl/.installed" "$ROOT/requirements/vessl.txt" || "$ROOT/scripts/install_vessl.sh"
   CLIENT_HOME=$(mktemp -d)
@@ -29,7 +30,7 @@ client() {
     cd "$CLIENT_HOME" &&
       HOME=$CLIENT_HOME VESSL_DATA_COLLECTION_OPT_OUT=true ENABLE_SENTRY=false \
         exec timeout -k 2 "${VESSL_TIMEOUT_S:-60}" "${VESSL[@]}" "$@" </dev/null
-  ) >"$CLIENT_HOME/.said" 2>&1 8>&- 9>&- || rc=$?
+  ) >"$CLIENT_HOME/.said" 2>&1 9>&- || rc=$? # with the lock of create_once: it is free when the client is gone, too
   SAID=$(sed -E 's/\x1b\[[0-9;]*m//g' "$CLIENT_HOME/.said")
   return "$rc"
 }
@@ -95,11 +96,12 @@ launcher_create() {
   return 1
 }
 
-# launcher_read NUMBER: status and reason, with a tab between.
+# launcher_read NUMBER: status, name and reason, with tabs between.
 launcher_read() {
   answered "run $1" run read "$1"
   awk '/^ *Status reason/ {sub(/^ *Status reason ?/, ""); reason = $0} /^ *Status [a-z]+ *$/ && $2 != "reason" {status = $2}
-    END {printf "%s\t%s\n", status, reason}' <<<"$SAID"
+    /^ Name / && name == "" {name = $2}
+    END {printf "%s\t%s\t%s\n", status, name, reason}' <<<"$SAID"
 }
 
 # launcher_logs NUMBER LINES: the last lines; the client ends with 0 whatever happens.

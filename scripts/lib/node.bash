@@ -16,11 +16,14 @@ need_credentials() {
 limit_hours() {
   local seconds
   seconds=$(awk -v h="$1" 'BEGIN {printf "%.0f", h * 3600}')
-  over_time='' limit=$1
+  over_time='' hung='' limit=$1
   trap 'over_time=1; on_signal 75' USR1
+  # A run that hangs does not save either: after the grace its processes are killed, the last checkpoint stays.
+  trap 'hung=1; if ((child)); then kill -KILL "$child" 2>/dev/null || true; fi' USR2
   # Clock and sleeper die with this script.
   # shellcheck disable=SC2016
-  "${tied[@]}" bash -c 'seconds=$1 whom=$2; shift 2; "$@" sleep "$seconds"; kill -USR1 "$whom"' clock "$seconds" $$ "${tied[@]}" \
+  "${tied[@]}" bash -c 'seconds=$1 whom=$2; grace=$3; shift 3; "$@" sleep "$seconds"; kill -USR1 "$whom"; "$@" sleep "$grace"; kill -USR2 "$whom"' \
+    clock "$seconds" $$ "${WMTP_GRACE_S:-1200}" "${tied[@]}" \
     >/dev/null 2>&1 </dev/null &
   log startup "at most $1 h (MAX_HOURS): then it saves and ends"
 }

@@ -3,10 +3,10 @@
 # launcher_logs, launcher_stop: what a stage says to a cluster goes through these.
 # shellcheck shell=bash disable=SC2034
 
-STATUSES_LIVE='pending initializing running stopping idle'
-NUMBER='' NAME='' RUN_DIR=''
+NUMBER='' NAME='' RUN_DIR='' CREATED=''
 
-is_live() { [[ " $STATUSES_LIVE " == *" $1 "* ]]; }
+# is_live STATUS: whatever has not ended lives, also under a status that is new to us; no status is no answer.
+is_live() { [[ -n $1 && $1 != completed && $1 != failed && $1 != terminated ]]; }
 
 use_launcher() {
   case $1 in
@@ -32,6 +32,7 @@ name_run() {
   NAME=${RUN_NAME:-$ENV-$ALGO-$(revision)-$digest}
   [[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] ||
     die 2 "RUN_NAME=$NAME" 'letters, digits, ".", "_" and "-"; it names folders in the bucket' 'choose another RUN_NAME'
+  [[ $NAME != latest && ! $NAME =~ ^[0-9]+$ ]] || die 2 "RUN_NAME=$NAME" 'not a number, and not "latest": both name runs already' 'choose another RUN_NAME'
   RUN_DIR=$ROOT/build/$ENV/$NAME
 }
 
@@ -80,8 +81,21 @@ live_of() {
   printf '%s\n' "$found"
 }
 
-# create_once FILE NAME FOLDER: the number of the one run of that name, in NUMBER; FOLDER/run.id keeps it.
-# A run that lives is not created again; an ended one only with RESUME=1.
+# take_over FILE FOLDER: what was rendered becomes the run file of the run: only when a run is made of it.
+take_over() {
+  [[ $1 != "$2/run.yaml" ]] || return 0
+  rm -f -- "$2/run.env"
+  if [[ -f $2/.run.env.new ]]; then mv -f -- "$2/.run.env.new" "$2/run.env"; fi
+  mv -f -- "$1" "$2/run.yaml"
+}
+
+# same_work FILE FOLDER: whether the living run was made of the same; its image may have been built again.
+same_work() {
+  [[ ! -f $2/run.yaml ]] || cmp -s <(grep -v '^image:' "$1") <(grep -v '^image:' "$2/run.yaml")
+}
+
+# create_once FILE NAME FOLDER: the number of the one run of that name, in NUMBER; FOLDER/run.id keeps it, CREATED says
+# whether it is new. A run that lives is not created again; an ended one only with RESUME=1.
 create_once() {
   local file=$1 name=$2 folder=$3 runs known status kept try
   exec 8>"$folder/.submit.lock"
@@ -89,6 +103,7 @@ create_once() {
     log "$STAGE" "another submit of $name is at work; waiting for it"
     flock -w 300 8 || die 1 "another submit of $name holds the lock for 300 s" 'one submits at a time' "see: fuser $folder/.submit.lock"
   fi
+  CREATED=''
   runs=$(launcher_runs)
   known=$(same_name "$name" "$runs")
   NUMBER=$(live_of "$known")
@@ -99,13 +114,19 @@ create_once() {
     if [[ -n $status ]]; then known="$kept $status"$'\n'"$known" NUMBER=$(live_of "$kept $status"); fi
   fi
   if [[ -n $NUMBER ]]; then
+    [[ $known != *"$NUMBER stopping"* ]] || die 2 "$name: run $NUMBER is being stopped" 'an ended run can be gone on with, one that ends cannot' \
+      "when make status RUN_ID=$NUMBER says terminated: make resume RUN_ID=$name"
+    same_work "$file" "$folder" || die 2 "$name lives already as run $NUMBER, of other settings" 'one name is one work' \
+      "another RUN_NAME; what differs: diff $file $folder/run.yaml"
     log "$STAGE" "$name lives already: run $NUMBER; nothing is created"
   else
     status=$(head -n 1 <<<"$known")
     [[ -z $status || ${RESUME:-} == 1 ]] ||
       die 2 "$name has ended: run ${status% *} is ${status#* }" 'an ended run is not started again unasked' \
         "make resume RUN_ID=$name (goes on from its checkpoints), or another RUN_NAME"
-    launcher_create "$file" "$name" || NUMBER=''
+    take_over "$file" "$folder"
+    CREATED=1
+    launcher_create "$folder/run.yaml" "$name" || NUMBER=''
     # The service may have created it and said nothing, or said an error.
     for ((try = 1; try <= 3 && ${#NUMBER} == 0; try++)); do
       log "$STAGE" "no run address came back; looking whether $name is there ($try of 3)"

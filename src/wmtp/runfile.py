@@ -8,7 +8,9 @@ Standard output: what a person is asked about before a submission, a line each. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import ipaddress
 import json
 import os
 import re
@@ -104,6 +106,7 @@ def render(
             f"launcher.volume: {launcher.volume}\nrule  volume://STORAGE/NAME, as `vessl volume` lists them"
             "\nnext  for example launcher.volume: volume://cluster-nfs/wmtp-models-cache"
         )
+    hours = hours_of(config, max_hours)
     values = {
         "RUN_NAME": run_name,
         "DESCRIPTION": f"{recipe.train.algo}, {env}, revision {revision}",
@@ -117,7 +120,7 @@ def render(
         "CONFIG": config_file,
         "RECIPE": recipe_file,
         "SET": " ".join(overrides),
-        "MAX_HOURS": max_hours or (f"{launcher.max_hours:g}" if launcher.max_hours else None),
+        "MAX_HOURS": None if hours is None else f"{hours:.6f}".rstrip("0").rstrip("."),
         "BUCKET": os.environ.get("S3_BUCKET_NAME") or storage.bucket,
         "ENDPOINT": endpoint,
         "REGION": os.environ.get("AWS_DEFAULT_REGION") or storage.region,
@@ -187,17 +190,38 @@ def check_receipt(file: Path, env: str, revision: str, digest: str) -> None:
 def hours_of(config: settings.Config, max_hours: str | None) -> float | None:
     """The limit of a run in hours; MAX_HOURS wins over launcher.max_hours."""
     if max_hours is None:
-        return config.launcher.max_hours
+        if config.launcher.max_hours is None:
+            return None
+        max_hours = f"{config.launcher.max_hours:.6f}".rstrip("0").rstrip(".")
     if not re.fullmatch(r"\d{1,4}(\.\d+)?", max_hours) or float(max_hours) <= 0:
-        raise Refused(f"MAX_HOURS={max_hours}\nrule  a number of hours above 0\nnext  MAX_HOURS=24")
+        raise Refused(f"MAX_HOURS={max_hours}\nrule  hours above 0 and below 10000\nnext  MAX_HOURS=24")
     return float(max_hours)
 
 
 def endpoint_of(config: settings.Config, *, reached_from_here: bool) -> str | None:
     """The bucket's address as the node will use it; S3_ENDPOINT_URL wins over storage.endpoint."""
     endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
-    host = urlsplit(endpoint).hostname if endpoint else None
-    if host and not reached_from_here and (host in ("localhost", "::1") or host.startswith("127.")):
+    if not endpoint:
+        return None
+    try:
+        parts = urlsplit(endpoint)
+        host = parts.hostname
+    except ValueError:
+        parts, host = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not host:
+        raise Refused(
+            f"S3_ENDPOINT_URL={endpoint}: no address\nrule  http(s)://HOST[:PORT]\nnext  mend S3_ENDPOINT_URL"
+        )
+    if parts.username or parts.password:
+        raise Refused(
+            "S3_ENDPOINT_URL: there is a user or a password in it\nrule  a run file holds no secret"
+            "\nnext  credentials go into the secrets of the organization"
+        )
+    here = host == "localhost"
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        here = address.is_loopback or address.is_unspecified
+    if here and not reached_from_here:
         raise Refused(
             f"S3_ENDPOINT_URL={endpoint}: this machine's own address\nrule  the cluster reaches the bucket by it"
             "\nnext  unset S3_ENDPOINT_URL, or name an address that the cluster sees"
