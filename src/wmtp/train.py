@@ -292,6 +292,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         lambda model, state: fill(model, state, config, place),
         place,
         stop,
+        name,
     )
     rows_per_step = recipe.data.train.batch_size * place.world * recipe.train.accumulation_steps
     rows = Batches(sets["train"].rows, rows_per_step, config.seed)
