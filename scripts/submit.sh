@@ -55,7 +55,9 @@ main() {
   use_launcher "$LAUNCHER"
   pushed_image
   name_run
-  [[ $LAUNCHER != docker ]] || render+=(--env-file "$RUN_DIR/.run.env.new")
+  # This process's own: two may be at it at once. It becomes run.yaml when a run is made of it.
+  local file=$RUN_DIR/.run.yaml.$$
+  [[ $LAUNCHER != docker ]] || render+=(--env-file "$RUN_DIR/.run.env.$$")
   mkdir -p "$RUN_DIR" 2>/dev/null || die 10 "$RUN_DIR can't be written" 'a stage hands its results on there' 'make it writable'
   render+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$NAME" --image "$IMAGE" --revision "$(revision)")
   if [[ $ENV == production && ${DRY_RUN:-} != 1 ]]; then
@@ -64,19 +66,21 @@ main() {
     log submit "would refuse: no dry run of $NAME is here (next: make dryrun ENV=$ENV ALGO=$ALGO)"
   fi
   log submit "$NAME"
-  rm -f -- "$RUN_DIR/.run.env.new"
-  python -m wmtp.runfile "${render[@]}" --output "$RUN_DIR/.run.yaml.new" >"$RUN_DIR/.summary" || exit 2
-  sed 's/^/submit    /' "$RUN_DIR/.summary" >&2
+  python -m wmtp.runfile "${render[@]}" --output "$file" >"$RUN_DIR/.summary.$$" || exit 2
+  sed 's/^/submit    /' "$RUN_DIR/.summary.$$" >&2
+  rm -f -- "$RUN_DIR/.summary.$$"
   launcher_open
   if [[ ${DRY_RUN:-} == 1 ]]; then
-    log submit "would run: unless a run named $NAME lives: $(launcher_command "$RUN_DIR/.run.yaml.new")"
+    log submit "would run: unless a run named $NAME lives: $(launcher_command "$file")"
+    rm -f -- "$file" "${file/run.yaml/run.env}"
     return 0
   fi
   ask
   known=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --get launcher.cluster launcher.preset)
   { read -r cluster && read -r preset; } <<<"$known"
   launcher_check "$cluster" "$preset"
-  create_once "$RUN_DIR/.run.yaml.new" "$NAME" "$RUN_DIR"
+  create_once "$file" "$NAME" "$RUN_DIR"
+  rm -f -- "$file" "${file/run.yaml/run.env}"
   ln -sfn "$NAME" "build/$ENV/latest"
   log submit "ok: run $NUMBER. make logs RUN_ID=$NUMBER · make stop RUN_ID=$NUMBER"
   printf '%s\n' "$NUMBER"

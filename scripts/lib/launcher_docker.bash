@@ -64,9 +64,7 @@ launcher_create() {
 
 launcher_command() {
   local -a COMMAND=()
-  local file=${1%run.yaml}run.env
-  [[ $1 != *.new ]] || file=${1%.run.yaml.new}.run.env.new
-  engine_command "$file" "$NAME"
+  engine_command "${1/run.yaml/run.env}" "$NAME"
   printf '%s\n' "${COMMAND[*]}"
 }
 

@@ -85,7 +85,7 @@ live_of() {
 take_over() {
   [[ $1 != "$2/run.yaml" ]] || return 0
   rm -f -- "$2/run.env"
-  if [[ -f $2/.run.env.new ]]; then mv -f -- "$2/.run.env.new" "$2/run.env"; fi
+  if [[ -f ${1/run.yaml/run.env} ]]; then mv -f -- "${1/run.yaml/run.env}" "$2/run.env"; fi
   mv -f -- "$1" "$2/run.yaml"
 }
 
