@@ -80,7 +80,7 @@ main() {
   log build "$REPOSITORY:$TAG on ${BASE_IMAGE%@*}"
   if [[ $ENV == production ]]; then need_pushed_tree; fi
   [[ $TAG != *-dirty ]] || dirty=1
-  need_engine
+  need_engine 'a running engine builds and pushes'
   if [[ ${DRY_RUN:-} == 1 ]]; then wheels="build/wheelhouse/$IMAGE_PYTHON"$'\t'KEY; else
     mkdir -p "$IMAGE_DIR" 2>/dev/null || die 10 "$IMAGE_DIR can't be written" 'a stage hands its results on there' 'make it writable'
     wheels=$(scripts/wheelhouse.sh "$IMAGE_PYTHON")

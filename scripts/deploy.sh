@@ -24,6 +24,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/first_steps.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/children.bash"
 
 STAGES=('dry run' build push submit follow report)
+# What the caller may have set, for the command that goes on.
+ASKED=(LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET MAX_HOURS BASE_IMAGE IMAGE_PYTHON)
 rc=0
 took=()
 detail=()
@@ -32,7 +34,7 @@ step=''
 # again: the command that goes on.
 again() {
   local name said="make deploy ENV=$ENV ALGO=$ALGO"
-  for name in LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET MAX_HOURS BASE_IMAGE IMAGE_PYTHON; do
+  for name in "${ASKED[@]}"; do
     if [[ -n ${asked[$name]:-} ]]; then said+=" $name=$(printf '%q' "${asked[$name]}")"; fi
   done
   printf '%s\n' "$said"
@@ -85,7 +87,7 @@ main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"
   local began=$SECONDS name
   local -A asked=()
-  for name in LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET MAX_HOURS BASE_IMAGE IMAGE_PYTHON; do asked[$name]=${!name:-}; done
+  for name in "${ASKED[@]}"; do asked[$name]=${!name:-}; done
   [[ -n ${ENV:-} && -n ${ALGO:-} ]] || die 2 "$([[ -n ${ENV:-} ]] && echo ALGO || echo ENV) is not set" 'a deploy names both' \
     'make deploy ENV=production ALGO=critic-wmtp'
   [[ ${STALL_S:-1} =~ ^[0-9]{1,6}$ ]] || die 2 "STALL_S=$STALL_S" 'whole seconds without a new log line' 'STALL_S=1800'

@@ -81,7 +81,7 @@ main() {
   image_names
   owner=${REPOSITORY#*/}
   user=${REGISTRY_USER:-${owner%%/*}}
-  need_engine
+  need_engine 'a running engine builds and pushes'
   if [[ ${DRY_RUN:-} == 1 ]]; then
     act docker push "$REPOSITORY:$TAG"
     if [[ -n $LATEST ]]; then act docker push "$REPOSITORY:$LATEST"; fi

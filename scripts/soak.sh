@@ -106,11 +106,7 @@ round() {
 }
 
 main() {
-  case ${1:-} in
-    '') ;;
-    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
-    *) die 2 "$1: no arguments are known" 'the environment says what to do' 'scripts/soak.sh --help' ;;
-  esac
+  no_arguments "${BASH_SOURCE[0]}" "$@"
   local stage signal passed=0 failed=0
   local -a victims=()
   mkdir -p "$HERE"

@@ -8,11 +8,7 @@ shopt -s inherit_errexit
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 
 main() {
-  case ${1:-} in
-    '') ;;
-    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
-    *) die 2 "$1: no arguments are known" 'the environment says what to do' 'scripts/study.sh --help' ;;
-  esac
+  no_arguments "${BASH_SOURCE[0]}" "$@"
   need_cmd python
   cd "$ROOT"
   exec python benchmarks/study.py --seeds "${SEEDS:-6}" --steps "${STEPS:-400}"

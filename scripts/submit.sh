@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: ENV=production ALGO=critic-wmtp scripts/submit.sh
-# Renders the run file (production: where a dry run of the same revision and settings has passed), asks (production, on a terminal), and creates the run unless one of its name lives: pressing twice, here
-# or on two machines, starts one run.
+# Renders the run file (production: where a dry run of the same revision and settings has passed), asks (production, on a
+# terminal), and creates the run unless one of its name lives: pressing twice, here or on two machines, starts one run.
 #   RUN_NAME    another name is another run        RESUME=1   goes on with a run of that name that has ended
 #   LAUNCHER    vessl (default) or docker          MAX_HOURS  the run saves and ends after so many hours
 #   CONFIG, RECIPE, SET="key=value …"   as everywhere          DRY_RUN=1   prints what it would do

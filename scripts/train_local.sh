@@ -13,11 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/settings.bash"
 
 main() {
-  case ${1:-} in
-    '') ;;
-    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
-    *) die 2 "$1: no arguments are known" 'the environment says what to do' 'scripts/train_local.sh --help' ;;
-  esac
+  no_arguments "${BASH_SOURCE[0]}" "$@"
   need_cmd python
   cd "$ROOT"
   if [[ ${ENV:-test} != test ]]; then

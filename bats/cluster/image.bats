@@ -11,7 +11,6 @@ setup_file() {
   real_tree "$tree"
   export ENV=minitest SET="launcher.image=$image:latest"
   # Canaries where a hurried person has secrets; a watcher reads every command line meanwhile.
-  export AWS_SECRET_ACCESS_KEY_REAL=$AWS_SECRET_ACCESS_KEY
   (
     export AWS_SECRET_ACCESS_KEY=canary-aws VESSL_ACCESS_TOKEN=canary-vessl
     : >"$BATS_FILE_TMPDIR/watched"

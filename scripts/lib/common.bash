@@ -59,6 +59,15 @@ need_cmd() {
     die 3 "$1 is not installed" 'every tool that a stage needs is looked for before it starts' "${2:-rm -rf .venv && make install}"
 }
 
+# need_engine RULE: a container engine that answers; RULE says what for.
+need_engine() {
+  if ! command -v docker >/dev/null; then
+    refuse 3 'docker is not installed' "$1" 'install a container engine (Debian: apt-get install docker.io)'
+  elif ! timeout 20 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; then
+    refuse 3 "the container engine does not answer${DOCKER_HOST:+ at $DOCKER_HOST}" "$1" 'start it (systemctl start docker), or set DOCKER_HOST'
+  fi
+}
+
 # no_arguments FILE "$@": for a stage that takes all from its environment; --help prints its header and ends it.
 no_arguments() {
   case ${2:-} in

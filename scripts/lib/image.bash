@@ -24,15 +24,6 @@ image_overrides() {
   done
 }
 
-need_engine() {
-  if ! command -v docker >/dev/null; then
-    refuse 3 'docker is not installed' 'image and registry are its work' 'install a container engine (Debian: apt-get install docker.io)'
-  elif ! timeout 20 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; then
-    refuse 3 "the container engine does not answer${DOCKER_HOST:+ at $DOCKER_HOST}" 'a running engine builds and pushes' \
-      'start it (systemctl start docker), or set DOCKER_HOST'
-  fi
-}
-
 # narrated LOG COMMAND…: output to LOG, a line of it every few seconds to the story.
 narrated() {
   local file=$1 rc=0 pid beat=0 began=$SECONDS

@@ -7,19 +7,10 @@ SAID=''
 launcher_name() { printf 'the container engine\n'; }
 launcher_said() { tail -n 1 <<<"$SAID" | cut -c1-200; }
 
-launcher_open() {
-  if ! command -v docker >/dev/null; then
-    refuse 3 'docker is not installed' 'a run here is a container' 'install a container engine, or LAUNCHER=vessl'
-  elif ! timeout 20 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; then
-    refuse 3 "the container engine does not answer${DOCKER_HOST:+ at $DOCKER_HOST}" 'a run here is a container' 'start it, or set DOCKER_HOST'
-  fi
-}
+launcher_open() { need_engine 'a run here is a container'; }
 
 # launcher_check: what a container needs that the engine does not check before it runs.
-launcher_check() {
-  local name
-  for name in AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do need_env "$name"; done
-}
+launcher_check() { need_env AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; }
 
 launcher_runs() {
   docker ps -a --no-trunc --filter label=wmtp.run --format '{{.ID}} {{.Names}} {{.Status}}' |

@@ -533,7 +533,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     began = time.monotonic()
     findings, pairs, resolved = check_configuration(args.config, args.recipe, args.overrides, args.env)
-    name = args.env
+    name, digest = args.env, None
     if len(args.recipe) == 1 and pairs:
         digest = settings.digest(pairs[0].config, pairs[0].recipe)
         name = os.environ.get("RUN_NAME") or (f"{args.env}-{pairs[0].algo}-{args.revision[:7]}-{digest}")
@@ -560,7 +560,7 @@ def main(argv: list[str] | None = None) -> int:
         "env": args.env,
         "run": name,
         "revision": args.revision,
-        "digest": settings.digest(pairs[0].config, pairs[0].recipe) if len(args.recipe) == len(pairs) == 1 else None,
+        "digest": digest,
         "counts": {verdict: counts[verdict] for verdict in (OK, WARN, NOT, FAIL)},
         "findings": [asdict(f) for f in findings],
         "resolved": resolved,
