@@ -47,6 +47,9 @@ failed() {
   local said
   said=$(tail -n 3 "$1" | tr -s '\n' ' ' | cut -c1-200)
   case $said in
+    *'daemon socket'*)
+      die 3 "the container engine refuses this user: $said" 'who pushes may use the engine' 'join the group docker, or set DOCKER_HOST to an engine of your own'
+      ;;
     *denied* | *[Uu]nauthorized* | *'no basic auth'* | *'authentication required'* | *'incorrect username'* | *forbidden*)
       die 3 "$REPOSITORY refuses the login: $said" 'a token that may write packages, on standard input' \
         "printf %s \"\$TOKEN\" | REGISTRY_USER=$user make push ENV=$ENV"
@@ -107,6 +110,7 @@ main() {
   if [[ -n $LATEST ]]; then push "$LATEST"; fi
   printf '%s\n' "$TAG" >"$IMAGE_DIR/.image.revision"
   printf '%s\n' "$reference" >"$IMAGE_DIR/.image.digest"
+  rm -f -- "$IMAGE_DIR/image.digest" # the two are one: between them there is none
   mv -f -- "$IMAGE_DIR/.image.revision" "$IMAGE_DIR/image.revision"
   mv -f -- "$IMAGE_DIR/.image.digest" "$IMAGE_DIR/image.digest"
   log push "ok: $reference read back, $((new)) layers pushed, $((there)) were there, $((SECONDS - began)) s"

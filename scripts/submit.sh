@@ -19,7 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
 
 # pushed_image: the digest that push kept, of this revision.
 pushed_image() {
-  local file=$ROOT/build/$ENV/image.digest pushed
+  local file=$ROOT/build/$ENV/image.digest pushed named
   IMAGE=$(cat "$file" 2>/dev/null || true)
   if [[ -z $IMAGE ]]; then
     refuse 2 "no image was pushed for ENV=$ENV" 'a run names its image by digest' "make build push ENV=$ENV"
@@ -27,6 +27,10 @@ pushed_image() {
     IMAGE=${IMAGE%:*}@sha256:$(printf '0%.0s' {1..64})
     return 0
   fi
+  named=$(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --get launcher.image) || exit 2
+  [[ ${named##*/} != *:* ]] || named=${named%:*}
+  [[ ${IMAGE%@*} == "$named" ]] ||
+    refuse 2 "the pushed image is ${IMAGE%@*}, launcher.image names $named" 'a run has the image that its settings name' "make build push ENV=$ENV"
   pushed=$(cat "$ROOT/build/$ENV/image.revision" 2>/dev/null || true)
   [[ $ENV != production || $pushed != *-dirty ]] ||
     refuse 2 "the pushed image $pushed has changes that no commit has" 'production runs a commit' 'git commit, then: make build push ENV=production'
@@ -37,7 +41,7 @@ pushed_image() {
 ask() {
   [[ $ENV == production && ${DRY_RUN:-} != 1 && -t 0 && -t 2 ]] || return 0
   local answer
-  read -r -p 'submit    go on? [y/N] ' answer
+  read -r -p 'submit    go on? [y/N] ' answer || answer=''
   [[ $answer == [yY]* ]] || die 2 'not submitted' 'you were asked' 'the same command again'
 }
 

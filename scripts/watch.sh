@@ -34,7 +34,7 @@ again() {
     11 | 12) WHY="its bucket did not answer (code $code)" ;;
     '')
       WHY="it ended without a word${REASON:+ ($REASON)}, as a preempted machine does"
-      if ((ran == 0)); then
+      if ((ran == 0)) && [[ $REASON != *[Pp]reempt* ]]; then
         WHY="it never ran${REASON:+: $REASON}"
         return 1
       fi

@@ -79,6 +79,10 @@ main() {
   fi
   local python=$1 folder=build/wheelhouse/$1 wanted began=$SECONDS
   wanted=$(key "$python")
+  mkdir -p build/wheelhouse 2>/dev/null || die 10 "build/wheelhouse can't be written" 'wheels need up to 4 GB' 'make it writable'
+  exec 6>"build/wheelhouse/.$python.lock"
+  flock -n 6 || log wheels 'another build downloads them; waiting for it'
+  flock -w 3600 6 || die 1 'another download of the wheels takes longer than an hour' 'one at a time' 'stop it'
   if [[ $(cat "$folder/key" 2>/dev/null || true) != "$wanted" ]]; then
     log wheels "for Python $python: the lock, torch and what it brings, into $folder"
     rm -rf -- "$folder"

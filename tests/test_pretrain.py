@@ -60,6 +60,8 @@ def trained(folder: Path, held: bool, *sets: str) -> tuple[MTPModel, MTPModel]:
 def test_one_step_is_adamws_at_the_stages_own_rate(tmp_path: Path) -> None:
     before, after = trained(tmp_path, False, "pretrain.max_steps=1", "pretrain.lr=0.003", "optim.grad_clip=1e-3")
     moved = dict(after.named_parameters())
+    grad = moved["value_head.weight"].grad
+    assert grad is not None and grad.norm() == pytest.approx(1e-3, rel=1e-2)  # clipped: it was far larger
     for name, p in before.named_parameters():
         step = (moved[name] - p).detach().abs()
         if name.startswith("value_head."):

@@ -28,7 +28,7 @@ from wmtp.objective import (
     weights_from_scores,
 )
 from wmtp.ranks import Place
-from wmtp.step import StepResult, Weighting, clip, micro_of, share_of, train_step
+from wmtp.step import StepResult, Weighting, clip, clip_gradients, micro_of, share_of, train_step
 
 ROOT = Path(__file__).parent.parent
 SPEC = ModelSpec("hf", 4, 32, 1, 4, 4, 64, 97)
@@ -299,6 +299,19 @@ def test_clip_gives_the_norm_before_and_leaves_it_at_zero_limit() -> None:
     p.grad = torch.tensor([3.0, 4.0])
     assert clip([p], 0) == 5 and p.grad.tolist() == [3, 4]
     assert clip([p], 1) == 5 and p.grad.norm() == pytest.approx(1, rel=1e-4)
+
+
+def test_trunk_and_value_head_are_clipped_apart() -> None:
+    model = MTPModel(SPEC, value_head=True)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    named = {n: p.grad for n, p in model.named_parameters()}
+    trunk = [g for n, g in named.items() if n != "value_head.weight" and g is not None]
+    before = torch.stack([g.norm() for g in trunk]).norm()
+    assert clip_gradients(model, 0.5) == pytest.approx(float(before), rel=1e-5)
+    assert torch.stack([g.norm() for g in trunk]).norm() == pytest.approx(0.5, rel=1e-4)
+    value = named["value_head.weight"]
+    assert value is not None and value.norm() == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["baseline", "rho1", "critic"])

@@ -51,6 +51,15 @@ started() {
     sleep 1
   done
   docker logs stopped 2>&1 | grep 'goes on after step'
+  # A container keeps the settings of its first start, so others are refused, not shown and forgotten.
+  docker kill stopped
+  SET="$SET train.max_steps=1999" RUN_NAME=stopped RESUME=1 run -2 --separate-stderr "$tree/scripts/submit.sh"
+  [[ $stderr == *'stopped is a container of another image or other settings'* ]]
+  told_what_to_do
+  docker rm stopped
+  RUN_ID=stopped run -2 --separate-stderr "$tree/scripts/status.sh"
+  [[ $stderr == *'has no such container'* ]]
+  told_what_to_do
 }
 
 @test "container: a missing secret is named before the sync" {

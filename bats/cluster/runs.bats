@@ -68,6 +68,13 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
   told_what_to_do
 }
 
+@test "watch: a run that was preempted before it ran is submitted again, one that never could run is not" {
+  ended failed
+  sed -i 's/"status_reason": "[^"]*"/"status_reason": "Preempted by the cluster"/' "$stub/runs/7.json"
+  run -0 --separate-stderr stage watch
+  [[ $output == 8 && $stderr == *'Preempted by the cluster'*'submitted again (1 of 5)'* ]]
+}
+
 @test "watch: ends with the run that completes" {
   run -0 --separate-stderr stage watch
   [[ $output == 7 && $(runs) == 1 ]]
@@ -94,8 +101,8 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
 
 @test "stop: no answer is no success" {
   fault 401
-  run -11 --separate-stderr stage stop
-  [[ -z $output ]]
+  run -3 --separate-stderr stage stop
+  [[ -z $output && $stderr == *'VESSL_ACCESS_TOKEN'* ]]
   told_what_to_do
   fault
   run -0 --separate-stderr stage stop

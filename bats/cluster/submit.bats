@@ -21,6 +21,14 @@ PY
   [[ $output == 7 && $(runs) == 1 && $stderr == *'lives already: run 7'* ]]
 }
 
+@test "submit: an image of another repository than launcher.image names is refused before the service is asked" {
+  pushed "ghcr.io/colleague/wmtp@sha256:$(printf 'b%.0s' {1..64})" abcdef0
+  run -2 --separate-stderr submit
+  [[ $stderr == *'the pushed image is ghcr.io/colleague/wmtp, launcher.image names ghcr.io/wooshikwon/wmtp'* && ! -e $stub/requests.log ]]
+  told_what_to_do
+  SET=launcher.image=ghcr.io/colleague/wmtp:latest run -0 --separate-stderr submit
+}
+
 @test "submit: the client takes every golden run file as it is" {
   source "$tree/scripts/lib/common.bash"
   source "$tree/scripts/lib/launcher_vessl.bash"

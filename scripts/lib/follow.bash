@@ -45,8 +45,13 @@ poll() {
   else
     misses=$((misses + 1))
     log "$STAGE" "$(launcher_name) did not answer ($misses of 5)"
-    ((misses < 5)) || die 11 "$(launcher_name) did not answer 5 times in a row" 'run and log are asked for again and again' \
-      "the run itself goes on; the same command again, or make status RUN_ID=$NUMBER"
+    if ((misses == 5)); then
+      # Once more, heard: what the service refuses for good (a token that has expired, a run that is gone) says so itself.
+      launcher_read "$NUMBER" >/dev/null
+      launcher_logs "$NUMBER" 1 >/dev/null
+      die 11 "$(launcher_name) did not answer 5 times in a row" 'run and log are asked for again and again' \
+        "the run itself goes on; the same command again, or make status RUN_ID=$NUMBER"
+    fi
   fi
 }
 

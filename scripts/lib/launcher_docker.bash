@@ -24,7 +24,7 @@ engine_command() {
   local gpus image
   image=$(sed -n 's/^# image //p' "$1") gpus=$(sed -n 's/^# gpus //p' "$1")
   COMMAND=(docker run -d --name "$2" --label wmtp.run=wmtp --network host --shm-size 16g --stop-timeout 600
-    -v wmtp-models-cache:/cache/models --env-file "$1")
+    -v wmtp-models-cache:/cache/models --env-file "$1" --label "wmtp.settings=$(sha256sum <"$1" | cut -c1-16)")
   if ((gpus)); then COMMAND+=(--gpus all); fi
   COMMAND+=("$image")
 }
@@ -39,7 +39,10 @@ launcher_create() {
     die 2 "$2 is a container that is no run of this project" 'a run is a container of the run'"'"'s name' 'another RUN_NAME'
   if [[ $there == 'created '* ]]; then docker rm "$2" >/dev/null && there=''; fi
   if [[ -n $there ]]; then
-    # The same container again: what it kept on its own disk is still there.
+    # The same container again: what it kept on its own disk is still there. Its image and settings are those of its first start.
+    [[ $(docker container inspect --format '{{index .Config.Labels "wmtp.settings"}}' "$2") == "$(sha256sum <"$file" | cut -c1-16)" ]] ||
+      die 2 "$2 is a container of another image or other settings" 'a container goes on as it began' \
+        "another RUN_NAME; or, if all of it is in the bucket: docker rm $2, then again"
     SAID=$(docker start "$2" 2>&1) || rc=$?
   else
     engine_command "$file" "$2"
@@ -59,7 +62,14 @@ launcher_command() {
   printf '%s\n' "${COMMAND[*]}"
 }
 
+# need_container NAME
+need_container() {
+  docker container inspect "$1" >/dev/null 2>&1 || die 2 "run $1: the engine has no such container${DOCKER_HOST:+ at $DOCKER_HOST}" \
+    'a run here is a container; it was removed, or is on another engine' 'docker ps -a; a new one: make submit LAUNCHER=docker ENV=… ALGO=…'
+}
+
 launcher_read() {
+  need_container "$1"
   docker container inspect --format '{{.State.Status}} {{.State.ExitCode}} {{.Name}}' "$1" |
     awk '{status = "failed"; reason = "exit code " $2; sub("^/", "", $3)}
       $1 == "running" {status = "running"; reason = ""}
@@ -68,6 +78,12 @@ launcher_read() {
 }
 
 # Of its present life: a container that was started again keeps the log of the one before.
-launcher_logs() { docker logs --timestamps --since "$(docker container inspect --format '{{.State.StartedAt}}' "$1")" --tail "$2" "$1" 2>&1; }
+launcher_logs() {
+  need_container "$1"
+  docker logs --timestamps --since "$(docker container inspect --format '{{.State.StartedAt}}' "$1")" --tail "$2" "$1" 2>&1
+}
 
-launcher_stop() { docker stop "$1" >/dev/null; }
+launcher_stop() {
+  need_container "$1"
+  docker stop "$1" >/dev/null
+}

@@ -62,7 +62,7 @@ find_run() {
     runs=$(launcher_runs)
     read -r NUMBER NAME _ <<<"$(awk -v w="$wanted" '$1 == w || $2 == w {print; exit}' <<<"$runs")" || true
     [[ -n $NUMBER ]] || die 2 "RUN_ID=$wanted: no such run" "neither this checkout nor $(launcher_name) knows it" 'make status without RUN_ID shows the newest'
-    file=$(compgen -G "$ROOT/build/*/$NAME" | head -n 1 || true) # elsewhere submitted, or its number was lost
+    file=$(compgen -G "$ROOT/build/${ENV:-*}/$NAME" | head -n 1 || true) # elsewhere submitted, or its number was lost
     RUN_DIR=${file:-}
   else
     launcher_open

@@ -156,7 +156,9 @@ def for_engine(text: str, config: settings.Config) -> str:
     env = run["env"] | {"LAUNCHER": "docker"}
     gpus = 0 if config.devices.compute_backend == "cpu" else config.launcher.resources.gpus
     lines = [f"# image {run['image']}", f"# gpus {gpus}"]
-    return "\n".join([*lines, *(f"{k}={v}" if isinstance(v, str) else k for k, v in env.items())]) + "\n"
+    # A login of this machine may be a temporary one; a name that is not set here is not set there.
+    given = [*(f"{k}={v}" if isinstance(v, str) else k for k, v in env.items()), "AWS_SESSION_TOKEN"]
+    return "\n".join([*lines, *given]) + "\n"
 
 
 def write_whole(file: Path, text: str) -> None:

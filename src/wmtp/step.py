@@ -213,6 +213,17 @@ def last_of(model: nn.Module, last: bool) -> None:
         model.set_is_last_backward(last)
 
 
+def clip_gradients(model: nn.Module, most: float) -> float:
+    """Bound the norm of the trunk's gradient and, apart from it, the value head's; the trunk's norm before. Collective.
+
+    Apart, since the value loss has a scale of its own: one norm would let either starve the other.
+    """
+    named = list(model.named_parameters())
+    if head := [p for n, p in named if n.startswith("value_head.")]:
+        clip(head, most)
+    return clip([p for n, p in named if not n.startswith("value_head.")], most)
+
+
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     """Scale gradients to a norm of at most ``most`` (0: leave them); returns the norm before. Collective."""
     norm = nn.utils.clip_grad_norm_(parameters, most if most > 0 else math.inf)

@@ -69,7 +69,7 @@ from wmtp.paths import PathResolver
 from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
 from wmtp.scoring import load_scores
-from wmtp.step import Weighting, clip, share_of, train_step
+from wmtp.step import Weighting, clip_gradients, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
@@ -335,7 +335,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     record = StepRecord(checkpoints.folder / "steps.jsonl", step) if place.rank == 0 else None
-    trunk = [p for n, p in model.named_parameters() if not n.startswith("value_head.")]
     first, began_steps, tokens_done = step, time.monotonic(), 0
     early, saved, starved = recipe.train.early_stopping, step or -1, 0
     figures: dict[str, float] = {}
@@ -344,9 +343,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         share = share_of(rows, step, recipe.model.heads, recipe.data.train.batch_size, place, scores.get("train"))
         optimizer.zero_grad(set_to_none=True)
         seen = train_step(model, share, weighting, place, stop.cause is not None)
-        norm = clip(trunk, recipe.optim.grad_clip)
-        if model.value_head is not None:
-            clip(model.value_head.parameters(), recipe.optim.grad_clip)
+        norm = clip_gradients(model, recipe.optim.grad_clip)
         step += 1
         if not (math.isfinite(seen.wmtp_loss) and math.isfinite(norm) and math.isfinite(seen.value_loss)):
             raise RuntimeError(f"step {step}: loss {seen.wmtp_loss}, gradient norm {norm}: not finite")
