@@ -16,13 +16,15 @@ import hashlib
 import json
 import math
 import os
+import posixpath
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
@@ -49,7 +51,12 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.place} {self.key}" if self.key else self.place
-        return f"config    FAIL  {where}: {self.what}\n          rule  {self.rule}\n          next  {self.next}"
+        lines = (
+            f"config    FAIL  {where}: {self.what}",
+            f"          rule  {self.rule}",
+            f"          next  {self.next}",
+        )
+        return "\n".join(map(printable, lines))
 
 
 class ConfigError(ValueError):
@@ -60,8 +67,17 @@ class ConfigError(ValueError):
         super().__init__("\n\n".join(str(finding) for finding in self.findings))
 
 
+def printable(text: str) -> str:
+    """The text with an escape for each character that would break its line or not be seen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…" + text[-1]
+
+
 def dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key)
+    return ".".join(short(printable(str(part))) or '""' for part in key)
 
 
 def shown(value: object) -> str:
@@ -75,16 +91,18 @@ def shown(value: object) -> str:
     if value is None or value is NULL:
         return "null"
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
-    text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= 80 else text[:77] + "…" + text[-1]
+    return short(printable(text))
 
 
 # ---- YAML 1.2, the strict part of it -------------------------------------------------------------
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_OTHER_BASE = re.compile(r"[-+]?0[0-9ox].*")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}$]*))?\}")
+_LOOSE_VARIABLE = re.compile(r"\$[A-Za-z_(]")
+_ODD_BREAK = re.compile("[\x85\u2028\u2029]")
 _DEEPEST = 16
 
 
@@ -93,6 +111,10 @@ class _Null:
 
 
 NULL = _Null()
+
+
+class OtherBase(int):
+    """`0x10`, `0o17`, `010`: another reader of YAML takes it for another number, so no key takes it."""
 
 
 class Substituted(str):
@@ -106,7 +128,8 @@ def plain(text: str) -> object:
     if text in ("true", "false"):
         return text == "true"
     if len(text) <= 400 and _INT.fullmatch(text):
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        return OtherBase(number) if _OTHER_BASE.fullmatch(text) else number
     if _FLOAT.fullmatch(text):
         return float(text)
     return _SPECIAL.get(text.lower(), text)
@@ -191,6 +214,17 @@ class _Refused(Exception):
         self.line, self.what, self.rule = line, what, rule
 
 
+def _events(text: str) -> Iterator[Any]:
+    """The parser's events. What it breaks on without an error of its own is refused at the last event's line."""
+    line = 1
+    try:
+        for event in YAML(typ="rt", pure=True).parse(text):
+            line = event.start_mark.line + 1
+            yield event
+    except (ValueError, IndexError, OverflowError, AssertionError) as error:
+        raise _Refused(line, f"not YAML: {error}", "a file is one YAML 1.2 mapping") from None
+
+
 def _compose(tree: Tree, text: str, place: Callable[[int], str], root: Key = ()) -> object:
     """Build values from the parser's events: lines are known, and nothing is typed behind our back."""
     stack: list[tuple[dict[str, Any] | list[Any], Key]] = []
@@ -208,8 +242,12 @@ def _compose(tree: Tree, text: str, place: Callable[[int], str], root: Key = ())
         else:
             stack[-1][0].append(value)
 
-    yaml = YAML(typ="rt", pure=True)
-    for event in yaml.parse(text):
+    if odd := _ODD_BREAK.search(text):
+        what = f"a character U+{ord(odd[0]):04X}"
+        raise _Refused(
+            text.count("\n", 0, odd.start()) + 1, what, "a line ends in a line feed: the parser takes this for one"
+        )
+    for event in _events(text):
         kind = type(event).__name__
         line = event.start_mark.line + 1
         if kind == "DocumentStartEvent":
@@ -228,7 +266,7 @@ def _compose(tree: Tree, text: str, place: Callable[[int], str], root: Key = ())
             continue
         if kind not in ("ScalarEvent", "MappingStartEvent", "SequenceStartEvent"):
             continue
-        if event.tag is not None and event.tag != "!":
+        if event.tag is not None:
             raise _Refused(line, f"the tag {event.tag} is here", "tags are not read: the key decides what its value is")
         if stack and isinstance(stack[-1][0], dict) and pending[-1] is None:
             if kind != "ScalarEvent":
@@ -240,10 +278,13 @@ def _compose(tree: Tree, text: str, place: Callable[[int], str], root: Key = ())
                     "anchors, aliases and merge keys are not read: write the value out",
                 )
             name = event.value
+            if not_utf8(name):
+                raise _Refused(line, f"the key {shown(name)} is not UTF-8", "a key is a word")
             key = (*stack[-1][1], name)
             if name in stack[-1][0]:
                 first = tree.place(key).rpartition(":")[2]
-                tree.add(key, "duplicate key", f"a key stands once; it is also on line {first}", place=place(line))
+                also = f"; it is also on line {first}" if first.isdigit() else ""
+                tree.add(key, "duplicate key", f"a key stands once{also}", place=place(line))
             pending[-1] = name
             tree.marks[key] = Mark(place(line))
             continue
@@ -255,7 +296,9 @@ def _compose(tree: Tree, text: str, place: Callable[[int], str], root: Key = ())
             key = (*stack[-1][1], len(stack[-1][0]))
         if kind == "ScalarEvent":
             where = tree.marks[key].place if key and key in tree.marks else place(line)
-            put(tree.scalar(event.value, key, Mark(where), quoted=event.style is not None), key)
+            # The parser marks where it folded a line by a bell, which no folded text can have of its own.
+            said = event.value.replace("\a", "") if event.style == ">" else event.value
+            put(tree.scalar(said, key, Mark(where), quoted=event.style is not None), key)
             continue
         if len(stack) >= _DEEPEST:
             raise _Refused(line, "nested too deeply", f"at most {_DEEPEST} levels")
@@ -284,8 +327,6 @@ def _parsed(tree: Tree, text: str, place: Callable[[int], str], root: Key = ()) 
         rule = "spaces indent, a tab never does" if "\\t" in what else "a file is one YAML 1.2 mapping"
     except RecursionError:
         line, what, rule = 1, "nested too deeply", f"at most {_DEEPEST} levels"
-    except (ValueError, IndexError) as error:
-        line, what, rule = 1, f"not YAML: {error}", "a file is one YAML 1.2 mapping"
     tree.add(root, what, rule, place=place(line))
     return None
 
@@ -340,6 +381,10 @@ def wrong(what: str, rule: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("wmtp", "{what}", {"what": what, "rule": rule, "hint": hint})
 
 
+def not_utf8(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
 class Kind:
     """A rule for one value; pydantic calls `check` in place of its own reading of the type."""
 
@@ -353,6 +398,13 @@ class Kind:
 
     def mistyped(self, hint: str = "") -> PydanticCustomError:
         return wrong("{value} is a wrong type", self.rule, hint)
+
+    def requoted(self, value: object, pattern: re.Pattern[str]) -> PydanticCustomError:
+        """A wrong type, with the number that was meant where it is one."""
+        if isinstance(value, OtherBase):
+            return self.mistyped(f"write {int(value)}, if that is the number")
+        text = value.replace("_", "") if isinstance(value, str) else ""
+        return self.mistyped(f"write {text}, without quotes" if len(text) <= 40 and pattern.fullmatch(text) else "")
 
     def out_of_range(self) -> PydanticCustomError:
         return wrong("{value} is out of range", self.rule)
@@ -385,7 +437,10 @@ class _Bounded(Kind):
 
 
 class Whole(_Bounded):
+    """Below 2^31, so that no count overflows where it is used: in a time-out, a shell, a tensor."""
+
     noun = "int"
+    bits = 31
 
     def check(self, value: Any) -> int:
         if isinstance(value, Substituted):
@@ -393,28 +448,32 @@ class Whole(_Bounded):
         if isinstance(value, float):
             whole = math.isfinite(value) and value == int(value) and abs(value) < 1e15
             raise self.mistyped(f"write {int(value)}" if whole else "")
-        if isinstance(value, str) and _INT.fullmatch(value.replace("_", "")):
-            raise self.mistyped(f"write {value.replace('_', '')}, without quotes")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.mistyped()
-        return self.bounded(value)
+        if isinstance(value, bool | OtherBase) or not isinstance(value, int):
+            raise self.requoted(value, _INT)
+        if self.bounded(value) >= 2**self.bits:
+            raise wrong("{value} is too large", f"{self.rule}, below 2^{self.bits}")
+        return value
+
+
+class Seed(Whole):
+    bits = 63
 
 
 class Number(_Bounded):
     def check(self, value: Any) -> float:
         if isinstance(value, Substituted):
             value = plain(value)
-        if isinstance(value, str) and _FLOAT.fullmatch(value.replace("_", "")):
-            raise self.mistyped(f"write {value.replace('_', '')}, without quotes")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.mistyped()
+        if isinstance(value, bool | OtherBase) or not isinstance(value, int | float):
+            raise self.requoted(value, _FLOAT)
         try:
-            value = float(value)
+            number = float(value)
         except OverflowError:
-            value = math.inf
-        if not math.isfinite(value):
+            number = math.inf
+        if not math.isfinite(number):
             raise wrong("{value} is not finite", f"{self.rule}, finite")
-        return self.bounded(value)
+        if number != value:
+            raise wrong("{value} has more digits than are kept", f"{self.rule}; a large one as 1e30")
+        return self.bounded(number)
 
 
 class Flag(Kind):
@@ -434,6 +493,7 @@ class Flag(Kind):
 
 class Text(Kind):
     rule = "text, not empty"
+    longest = 4096  # a path on Linux
 
     def __init__(self, *, lines: bool = False) -> None:
         self.lines = lines
@@ -441,17 +501,26 @@ class Text(Kind):
     def check(self, value: Any) -> str:
         if not isinstance(value, str):
             raise self.mistyped("" if isinstance(value, _Null | dict | list) else "quote it if it is meant as text")
+        if not self.lines and not isinstance(value, Substituted) and _LOOSE_VARIABLE.search(value):
+            raise wrong(
+                "{value} has a $ that is no variable", "${VAR} and ${VAR:-default} are substituted, nothing else"
+            )
         value = str(value)
         if not value.strip():
             raise wrong("{value} is empty", self.rule)
-        if any(ord(c) < 32 and not (self.lines and c in "\n\t") for c in value):
-            raise wrong("{value} has a control character", "text on one line")
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if not_utf8(value):
             raise wrong("{value} is not UTF-8", self.rule)
+        if any(not c.isprintable() and not (self.lines and c in "\n\t") for c in value):
+            rule = "text that prints" if self.lines else "text that prints, on one line"
+            raise wrong("{value} has a control character or one that is not seen", rule)
+        if len(value.encode()) > self.longest:
+            raise wrong(f"{{value}} has {len(value.encode())} bytes", f"{self.rule}, at most {self.longest} bytes")
         return value
 
 
 class RunName(Text):
+    longest = 200  # a folder's name is at most 255, and the run's own files add to it
+
     def check(self, value: Any) -> str:
         value = super().check(value)
         if "/" in value or value.startswith("."):
@@ -464,6 +533,16 @@ class DatasetName(Text):
         value = super().check(value)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise wrong("{value} can't name a dataset", "a dataset's name is letters, digits, - _ .")
+        return value
+
+
+class BucketName(Text):
+    def check(self, value: Any) -> str:
+        value = super().check(value)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise wrong(
+                "{value} can't name a bucket", "a bucket's name alone: letters, digits, - _ ., no s3:// and no /"
+            )
         return value
 
 
@@ -480,10 +559,10 @@ class Address(Text):
 
 
 class TrackingAddress(Address):
-    rule = "file://, sqlite:, http://, https:// or s3://"
+    rule = "file://, sqlite:///, http://, https:// or s3://"
 
     def check(self, value: Any) -> str:
-        if isinstance(value, str) and re.match(r"sqlite:.|https?://.", value):
+        if isinstance(value, str) and re.match(r"sqlite:///[^?]|https?://[^\s/]+(/\S*)?$", value):
             return Text.check(self, value)
         return super().check(value)
 
@@ -563,7 +642,7 @@ class Paths(Section):
 
 
 class Storage(Section):
-    bucket: Name = "wmtp"
+    bucket: Annotated[str, BucketName()] = "wmtp"
     region: Name = "eu-north-1"
     endpoint: Name | None = None
     workers: Annotated[int, Whole(ge=1, le=256)] = 16
@@ -638,7 +717,7 @@ class Config(Settings):
     """Where a run happens: paths, storage, tracking, devices."""
 
     project: Name
-    seed: Annotated[int, Whole(ge=0)] = 42
+    seed: Annotated[int, Seed(ge=0)] = 42
     log_interval: Count = 10
     paths: Paths
     storage: Storage = Field(default_factory=Storage)
@@ -831,10 +910,13 @@ def _unknown_key_rule(model: type[BaseModel], key: Key) -> str:
 
 
 def _put(tree: Tree, key: Key, value: object, mark: Mark) -> None:
-    """Lay a value over the tree; a scalar on the way gives way to a mapping."""
+    """Lay a value over the tree; what is no mapping on the way is refused."""
     here: Any = tree.values
     for depth, part in enumerate(key[:-1], 1):
         if not isinstance(here.get(str(part)), dict):
+            if str(part) in here:
+                what = f"{dotted(key[:depth])} is {shown(here[str(part)])}"
+                tree.add(key, what, "only a mapping has keys", place=mark.place)
             here[str(part)] = {}
             tree.marks[key[:depth]] = mark
         here = here[str(part)]
@@ -855,6 +937,9 @@ def _lay_override(tree: Tree, text: str) -> None:
     name, _, raw = text.partition("=")
     key: Key = tuple(name.strip().split("."))
     place = "--set"
+    if not_utf8(name):
+        tree.add(key, "not UTF-8", "a key is a word", place=place)
+        return
     for old in [k for k in tree.marks if k[: len(key)] == key]:
         del tree.marks[old]
     mark = Mark(place)
@@ -876,6 +961,8 @@ def _finding(tree: Tree, model: type[BaseModel], error: Mapping[str, Any]) -> No
         written = mark.raw
     quoted = shown(value) if written is value else str(written)[:80]
     context = error.get("ctx", {})
+    if kind == "default_factory_not_called":
+        return  # the key that this default is made from is told itself
     if kind == "wmtp":
         what = context["what"].replace("{value}", quoted)
         rule = context["rule"]
@@ -907,9 +994,11 @@ def _origins(model: BaseModel, tree: Tree, at: Key = ()) -> dict[str, str]:
         if isinstance(value, BaseModel):
             found.update(_origins(value, tree, key))
         elif key in tree.marks:
-            mark = tree.marks[key]
-            by = f" ({', '.join(mark.variables)})" if mark.variables and ":" in mark.place else ""
-            found[dotted(key)] = mark.place + by
+            # An entry of a mapping may have come from elsewhere than the mapping did.
+            for known in (key, *((*key, entry) for entry in (value if isinstance(value, dict) else ()))):
+                mark = tree.marks[known]
+                by = f" ({', '.join(mark.variables)})" if mark.variables and ":" in mark.place else ""
+                found[dotted(known)] = mark.place + by
         else:
             found[dotted(key)] = "default"
     return found
@@ -926,7 +1015,9 @@ def _load(
     unread = bool(tree.findings) and not tree.values
     for text in overrides:
         if "=" not in text or not text.partition("=")[0].strip():
-            tree.add((), f"{text!r} is no override", "an override is key=value", "--set train.max_steps=100", "--set")
+            tree.add(
+                (), f"{shown(text)} is no override", "an override is key=value", "--set train.max_steps=100", "--set"
+            )
         else:
             _lay_override(tree, text)
     if unread:
@@ -1005,7 +1096,7 @@ def _routed(overrides: Sequence[str]) -> tuple[list[str], list[str], list[Findin
     for text in overrides:
         name = text.partition("=")[0].strip()
         first = name.split(".")[0]
-        if first in Config.model_fields:
+        if first in Config.model_fields or not name or "=" not in text:  # what is no override is told there
             for_config.append(text)
         elif first in Recipe.model_fields:
             for_recipe.append(text)
@@ -1016,7 +1107,8 @@ def _routed(overrides: Sequence[str]) -> tuple[list[str], list[str], list[Findin
             ]
             hint = f"; did you mean {near[0]}?" if near else ""
             rule = f"an override names a key of the configuration or of the recipe{hint}"
-            findings.append(Finding("--set", name, "unknown key", rule, "correct this --set"))
+            key = dotted(tuple(name.split(".")))
+            findings.append(Finding("--set", key, "unknown key", rule, "correct this --set"))
     return for_config, for_recipe, findings
 
 
@@ -1079,16 +1171,23 @@ def _config_rules(config: Config, tree: Tree) -> None:
         )
     if config.launcher.target in ("docker", "vessl"):
         for key, uri in _addresses(config):
-            if not uri.startswith("file://"):
-                continue
-            path = split(uri)[1]
-            if not under_app(path):
+            if any(not under_app(path) for path in _paths_of(uri)):
                 tree.add(
                     key,
                     f"{shown(uri)} is outside {APP}",
-                    f"launcher.target {config.launcher.target}: every file:// lies under {APP}, "
+                    f"launcher.target {config.launcher.target}: every file:// and sqlite: lies under {APP}, "
                     "the image's work folder",
                 )
+
+
+def _paths_of(uri: str) -> list[str]:
+    """What an address can mean as a file, from the image's work folder; MLflow's client undoes %2e."""
+    if uri.startswith("file://"):
+        path = split(uri)[1]
+        return [path, posixpath.normpath(unquote(path))]
+    if uri.startswith("sqlite:///"):
+        return [posixpath.normpath(posixpath.join(APP, uri.removeprefix("sqlite:///").partition("?")[0]))]
+    return []
 
 
 def _addresses(config: Config) -> list[tuple[Key, str]]:
