@@ -19,7 +19,7 @@ cluster_setup() {
   ln -s "$repo/.venv-vessl" "$tree/.venv-vessl"
   # A run is named by what it is made of: not by this machine's variables.
   unset CONFIG RECIPE RUN_NAME RESUME SET RUN_ID DRY_RUN MAX_HOURS S3_ENDPOINT_URL S3_BUCKET_NAME AWS_DEFAULT_REGION TAIL FOLLOW CI
-  export ENV=minitest ALGO=critic-wmtp LAUNCHER=vessl WMTP_REVISION=abcdef0123 POLL_S=0.1 TWIN=0 LC_ALL=C.UTF-8
+  export ENV=minitest ALGO=critic-wmtp LAUNCHER=vessl WMTP_REVISION=abcdef0123 POLL_S=0.1 ONLY=1,2,3,devices,reward LC_ALL=C.UTF-8
   digest=ghcr.io/wooshikwon/wmtp@sha256:$(printf 'a%.0s' {1..64})
   pushed "$digest" abcdef0
   "$repo/.venv/bin/python" "$repo/tests/vessl_stub.py" "$stub" >"$stub.address" 2>"$stub.err" 3>&- &
@@ -78,5 +78,5 @@ real_tree() {
 plain_environment() {
   unset CONFIG RECIPE RUN_NAME RESUME SET RUN_ID DRY_RUN MAX_HOURS TAIL FOLLOW CI WMTP_REVISION ENV ALGO LAUNCHER
   export REGISTRY_USER=team image=$WMTP_REGISTRY/team/wmtp
-  export DOCKER_BUILDKIT=0 TWIN=0
+  export DOCKER_BUILDKIT=0 ONLY=1,2,3,devices,reward
 }

@@ -45,6 +45,7 @@ class ModelError(ValueError):
 
     def __init__(self, what: str, rule: str, next_step: str) -> None:
         super().__init__(f"{what}; rule: {rule}; next: {next_step}")
+        self.what, self.rule, self.next_step = what, rule, next_step
 
 
 # ---- what a folder holds ----------------------------------------------------------------------
@@ -68,11 +69,14 @@ class ModelSpec:
     tied: bool = False
 
 
-def read_spec(folder: Path) -> ModelSpec:
-    """The spec of a model folder, from its JSON alone (a Meta ``vocab_size`` of -1 is read from the weights)."""
+def read_spec(folder: Path, embedding_rows: Callable[[], int] | None = None) -> ModelSpec:
+    """The spec of a model folder, from its JSON alone.
+
+    A Meta ``vocab_size`` of -1 is read from the weights, or asked of ``embedding_rows`` where these are elsewhere.
+    """
     folder = Path(folder)
     if (folder / "params.json").is_file():
-        spec = _meta_spec(folder)
+        spec = _meta_spec(folder, embedding_rows)
     elif (folder / "config.json").is_file():
         spec = _hf_spec(folder)
     else:
@@ -132,14 +136,17 @@ def _need(content: Mapping[str, Any], path: Path, *names: str) -> list[int]:
     return [content[n] for n in names]
 
 
-def _meta_spec(folder: Path) -> ModelSpec:
+def _meta_spec(folder: Path, embedding_rows: Callable[[], int] | None) -> ModelSpec:
     path = folder / "params.json"
     params = _read_json(path)
     dim, n_layers, n_heads = _need(params, path, "dim", "n_layers", "n_heads")
     heads = int(params.get("n_future_tokens", 1))
     vocab = int(params.get("vocab_size", -1))
     if vocab < 0:
-        vocab = int(_torch_load(folder / META_WEIGHTS)["tok_embeddings.weight"].shape[0])
+        if embedding_rows is None:
+            vocab = int(_torch_load(folder / META_WEIGHTS)["tok_embeddings.weight"].shape[0])
+        else:
+            vocab = embedding_rows()
     # Meta's rule for the feed-forward width, which their files leave implicit.
     width = int(2 * 4 * dim / 3)
     if params.get("ffn_dim_multiplier") is not None:
@@ -553,15 +560,22 @@ def load_state(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
     Raises ``ModelError`` with every missing, unexpected and misshapen tensor: nothing is made up.
     """
     folder = Path(folder)
+    return model_state(
+        folder, spec, _torch_load(folder / META_WEIGHTS) if spec.layout == "meta" else _read_weights(folder)
+    )
+
+
+def model_state(folder: Path | str, spec: ModelSpec, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`load_state` of tensors that were read; they may be without data. ``folder`` is for the messages."""
     if spec.layout == "meta":
-        state, unexpected = _rename(_torch_load(folder / META_WEIGHTS), lambda key: _meta_name(key, spec))
+        state, unexpected = _rename(raw, lambda key: _meta_name(key, spec))
         for key in state:
             if key.endswith("q_proj.weight") and state[key].dim() == 2:
                 state[key] = _half_split(state[key], spec.n_heads)
             elif key.endswith("k_proj.weight") and state[key].dim() == 2:
                 state[key] = _half_split(state[key], spec.n_kv_heads)
     else:
-        state, unexpected = _rename(_read_weights(folder), lambda key: _hf_name(key, spec))
+        state, unexpected = _rename(raw, lambda key: _hf_name(key, spec))
         if spec.tied and "embed_tokens.weight" in state:
             state.setdefault("lm_head.weight", state["embed_tokens.weight"])
     _check_state(folder, spec, state, unexpected)
@@ -575,13 +589,23 @@ def load_reward_state(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
     unembedding that came along is left out. Raises ``ModelError`` with every tensor that doesn't fit.
     """
     folder = Path(folder)
+    _need_hf(folder, spec)
+    return reward_state(folder, spec, _read_weights(folder))
+
+
+def _need_hf(folder: Path | str, spec: ModelSpec) -> None:
     if spec.layout != "hf":
         raise ModelError(
             f"{folder}: params.json without config.json",
             "a reward model is a Hugging Face folder",
             "name another in paths.models.rm",
         )
-    state, unexpected = _rename(_read_weights(folder), _reward_name)
+
+
+def reward_state(folder: Path | str, spec: ModelSpec, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`load_reward_state` of tensors that were read; they may be without data. ``folder`` is for the messages."""
+    _need_hf(folder, spec)
+    state, unexpected = _rename(raw, _reward_name)
     state.pop("lm_head.weight", None)
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in RewardModel(spec).state_dict().items()}
@@ -690,16 +714,21 @@ def _torch_load(path: Path) -> dict[str, Tensor]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a Hugging Face folder: safetensors before torch files, shards by their index."""
     raw: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in (folder / name for name in weight_files(folder)):
         raw.update(_safetensors_load(path) if path.suffix == ".safetensors" else _torch_load(path))
     return raw
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    extra = [folder / EXTRA_HEADS] if (folder / EXTRA_HEADS).is_file() else []
+def weight_files(folder: Path, there: Iterable[str] | None = None) -> list[str]:
+    """The files of a Hugging Face folder that hold its weights, by name.
+
+    ``there``: the names that exist where not all of them are in ``folder`` (its JSON files are). Raises ModelError.
+    """
+    names = {p.name for p in folder.iterdir() if p.is_file()} if there is None and folder.is_dir() else {*(there or ())}
+    extra = [EXTRA_HEADS] if EXTRA_HEADS in names else []
     for name in ("model.safetensors", "pytorch_model.bin", "model.bin"):
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if index.name in names:
             shards = _read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(
                 isinstance(s, str) and Path(s).name == s for s in shards.values()
@@ -709,10 +738,10 @@ def _weight_files(folder: Path) -> list[Path]:
                     "an index names the file of each tensor",
                     "sync the model again",
                 )
-            return [folder / shard for shard in sorted(set(shards.values()))] + extra
-        if (folder / name).is_file():
-            return [folder / name, *extra]
-    found = sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+            return [*sorted(set(shards.values())), *extra]
+        if name in names:
+            return [name, *extra]
+    found = sorted(name for name in names if name.endswith((".pt", ".pth")) and "/" not in name)
     if len(found) == 1:
         return found + extra
     raise ModelError(
@@ -732,14 +761,14 @@ def _safetensors_load(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: {error}", "a whole safetensors file", "sync the model again") from None
 
 
-def _check_state(folder: Path, spec: ModelSpec, state: Mapping[str, Tensor], unexpected: Iterable[str]) -> None:
+def _check_state(folder: Path | str, spec: ModelSpec, state: Mapping[str, Tensor], unexpected: Iterable[str]) -> None:
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in MTPModel(spec).state_dict().items()}
     _compare(folder, expected, state, unexpected)
 
 
 def _compare(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], unexpected: Iterable[str]
+    folder: Path | str, expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], unexpected: Iterable[str]
 ) -> None:
     lines = [f"missing {k}" for k in sorted(expected.keys() - state.keys())]
     lines += [f"unexpected {k}" for k in sorted({*unexpected, *(state.keys() - expected.keys())})]

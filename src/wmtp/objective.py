@@ -178,11 +178,14 @@ def gae_targets(
         goes_on_bs[:, :-1] &= document_bs[:, :-1] == document_bs[:, 1:]
     next_value_bs = _inside(goes_on_bs, torch.nn.functional.pad(value_bs[:, 1:], (0, 1)))
     td_bs = reward_bs + gamma * next_value_bs - value_bs
-    advantage_bs = torch.zeros_like(td_bs)
-    ahead_b = td_bs.new_zeros(td_bs.shape[0])
-    for t in reversed(range(td_bs.shape[1])):
-        ahead_b = td_bs[:, t] + gamma * gae_lambda * _inside(goes_on_bs[:, t], ahead_b)
-        advantage_bs[:, t] = ahead_b
+    # `A_t = td_t + c_t A_{t+1}` as a scan: each round doubles how far ahead a position sees. A loop over positions
+    # would be thousands of small kernels.
+    advantage_bs, carried_bs, reach = td_bs, gamma * gae_lambda * goes_on_bs.to(td_bs.dtype), 1
+    while reach < td_bs.shape[1]:
+        ahead_bs = torch.nn.functional.pad(advantage_bs[:, reach:], (0, reach))
+        advantage_bs = advantage_bs + carried_bs * ahead_bs
+        carried_bs = carried_bs * torch.nn.functional.pad(carried_bs[:, reach:], (0, reach))
+        reach *= 2
     return _inside(real_bs, advantage_bs + value_bs)
 
 
@@ -215,7 +218,7 @@ def weight_sums(w: Tensor, mask: Tensor) -> dict[str, Tensor]:
         "head_count": mask.double().sum(leading),
         "square": w.square().sum(),
         "zeros": (mask & (w == 0)).double().sum(),
-        "entropy": (entropy / even)[several].sum(),
+        "entropy": _inside(several, entropy / even).sum(),
         "positions": several.double().sum(),
     }
 

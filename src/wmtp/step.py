@@ -58,7 +58,7 @@ class Share:
 
     micro: list[Micro]
     count: Tensor
-    """int64: valid labels of the global batch, at least 1."""
+    """int64, on the device: valid labels of the global batch, at least 1."""
     tokens: int
     """Unpadded tokens of the global batch."""
 
@@ -80,7 +80,7 @@ def share_of(
     mask = make_labels(x, heads, document, pad)[1]
     takes = indices.chunk(place.world)[place.rank].split(rows)
     micro = [micro_of(batches, take, heads, place, score_ns) for take in takes]
-    return Share(micro, mask.sum().clamp(min=1), int((~pad).sum()))
+    return Share(micro, mask.sum().clamp(min=1).to(place.device), int((~pad).sum()))
 
 
 class Weighting:
@@ -230,24 +230,27 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def train_step(model: nn.Module, share: Share, weighting: Weighting, place: Place, stop: bool) -> StepResult:
-    """Forward and backward of one global batch; the gradients are those of `L` (and of the value head's loss).
+def first_pass(model: nn.Module, share: Share, place: Place) -> list[Tensor]:
+    """`[B, S, H]` cross-entropies of each micro-batch, for weights that need the global batch."""
+    with torch.no_grad(), place.autocast():
+        return [model(m.x, m.document, m.labels, m.mask, share.count).ce_bsh for m in share.micro]
 
-    Every rank calls, with its share; ``stop`` travels with the sums, so that all ranks stop after the same step.
+
+def accumulate(
+    model: nn.Module, share: Share, weighting: Weighting, place: Place, fixed: list[Tensor | None]
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Forward and backward of this rank's micro-batches.
+
+    Gives the two losses, the sums of `objective.weight_sums` and `Weighting.excess_sums`, of this rank's share.
     """
-    recipe, count = weighting.recipe, share.count.to(place.device)
-    fixed: list[Tensor | None] = [None] * len(share.micro)
-    if weighting.skips and not weighting.unweighted:
-        with torch.no_grad(), place.autocast():
-            ce = [model(m.x, m.document, m.labels, m.mask, count).ce_bsh for m in share.micro]
-        fixed = [*weighting.skip_weights(share.micro, ce, place)]
+    recipe = weighting.recipe
     losses = torch.zeros(2, dtype=torch.float32, device=place.device)
     sums: dict[str, Tensor] = {}
     excess = torch.zeros(2, weighting.heads, dtype=torch.float64)
     for i, m in enumerate(share.micro):
         last_of(model, i == len(share.micro) - 1)
         with place.autocast():
-            out = model(m.x, m.document, m.labels, m.mask, count, weighing=weighting.weighing(m, fixed[i]))
+            out = model(m.x, m.document, m.labels, m.mask, share.count, weighing=weighting.weighing(m, fixed[i]))
         loss = out.loss
         losses[0] += loss.detach()
         if weighting.needs_value:
@@ -258,6 +261,18 @@ def train_step(model: nn.Module, share: Share, weighting: Weighting, place: Plac
         for name, part in weight_sums(_wide(out.w_bsh), m.mask.to(_wide(out.w_bsh).device)).items():
             sums[name] = sums[name] + part if name in sums else part
         excess = excess + weighting.excess_sums(m, out.ce_bsh).to(excess.device)
+    return losses, sums, excess
+
+
+def train_step(model: nn.Module, share: Share, weighting: Weighting, place: Place, stop: bool) -> StepResult:
+    """Forward and backward of one global batch; the gradients are those of `L` (and of the value head's loss).
+
+    Every rank calls, with its share; ``stop`` travels with the sums, so that all ranks stop after the same step.
+    """
+    fixed: list[Tensor | None] = [None] * len(share.micro)
+    if weighting.skips and not weighting.unweighted:
+        fixed = [*weighting.skip_weights(share.micro, first_pass(model, share, place), place)]
+    losses, sums, excess = accumulate(model, share, weighting, place, fixed)
     # One sum over the ranks for everything.
     flat = torch.cat(
         [losses.double().cpu() if place.device.type != "mps" else losses.cpu().double(), torch.tensor([float(stop)])]

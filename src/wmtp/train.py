@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
@@ -143,30 +143,39 @@ def start_ranks(config: settings.Config, device: torch.device) -> Place:
 
 
 def die_with_parent() -> None:
-    """Under torchrun: the kernel kills this rank when torchrun dies, so that kill -9 leaves no process (Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    """The kernel kills this process when its parent dies, so that kill -9 of that leaves none (Linux)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def mesh_of(config: settings.Config, place: Place) -> DeviceMesh | None:
+    """The ranks as FSDP sees them; None where nothing is sharded. Collective."""
+    if not (config.devices.fsdp.enabled and dist.is_initialized()):
+        return None
+    if config.devices.fsdp.sharding == "no_shard":  # replicas of shards of one
+        return init_device_mesh(place.device.type, (place.world, 1), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(place.device.type, (place.world,))
+
+
+def allocate(model: MTPModel | RewardModel, config: settings.Config, mesh: DeviceMesh | None, place: Place) -> None:
+    """Shard a model that was built on ``meta`` and give it memory; its weights are then undefined."""
+    fsdp = config.devices.fsdp
+    if mesh is not None:
+        half = torch.bfloat16 if config.devices.mixed_precision == "bf16" else None
+        for unit in [*(shard_units(model) if fsdp.auto_wrap else []), model]:
+            # A value is compared with its neighbour's: half precision would drown the difference.
+            dtype = None if isinstance(unit, ValueHead) else half
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            # full_shard frees the gathered parameters after the forward.
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=fsdp.sharding == "full_shard")
+    finish_meta(model, place.device)
 
 
 def fill(
     model: MTPModel | RewardModel, state: Callable[[], dict[str, Any]], config: settings.Config, place: Place
 ) -> None:
     """Shard a model that was built on ``meta``, give it memory and weights: no rank but 0 ever holds the whole."""
-    fsdp = config.devices.fsdp
-    if fsdp.enabled and dist.is_initialized():
-        # A replicated mesh of shards of one is no_shard; full_shard frees the parameters after the forward.
-        mesh = (
-            init_device_mesh(place.device.type, (place.world, 1), mesh_dim_names=("replicate", "shard"))
-            if fsdp.sharding == "no_shard"
-            else init_device_mesh(place.device.type, (place.world,))
-        )
-        half = torch.bfloat16 if config.devices.mixed_precision == "bf16" else None
-        for unit in [*(shard_units(model) if fsdp.auto_wrap else []), model]:
-            # A value is compared with its neighbour's: half precision would drown the difference.
-            dtype = None if isinstance(unit, ValueHead) else half
-            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=fsdp.sharding == "full_shard")
-    finish_meta(model, place.device)
+    allocate(model, config, mesh_of(config, place), place)
     set_model_state_dict(
         model,
         state() if place.rank == 0 else {},
@@ -174,15 +183,21 @@ def fill(
     )
 
 
-def build_model(
-    config: settings.Config, recipe: settings.Recipe, spec: ModelSpec, folder: Path, weighting: Weighting, place: Place
-) -> MTPModel:
-    """The model that is trained, with its value head where the algorithm needs one."""
+def planned_model(config: settings.Config, recipe: settings.Recipe, spec: ModelSpec, weighting: Weighting) -> MTPModel:
+    """The model that is trained, on ``meta``."""
     with torch.device("meta"):
         model = MTPModel(spec, value_head=weighting.needs_value)
     model.checkpoint_layers = config.devices.fsdp.activation_ckpt
     chunk = recipe.loss.chunk_positions
     model.lm_head.positions = None if isinstance(chunk, str) else chunk
+    return model
+
+
+def build_model(
+    config: settings.Config, recipe: settings.Recipe, spec: ModelSpec, folder: Path, weighting: Weighting, place: Place
+) -> MTPModel:
+    """The model that is trained, with its value head where the algorithm needs one."""
+    model = planned_model(config, recipe, spec, weighting)
     fresh = value_head_state(spec) if weighting.needs_value else {}
     fill(model, lambda: {**load_state(folder, spec), **fresh}, config, place)
     model.train()
@@ -223,6 +238,17 @@ def adamw(model: nn.Module, recipe: settings.Recipe) -> torch.optim.Optimizer:
         lr=recipe.optim.lr,
         betas=(first, second),
     )
+
+
+def rows_per_step(recipe: settings.Recipe, world: int) -> int:
+    """Rows of a global batch."""
+    return recipe.data.train.batch_size * world * recipe.train.accumulation_steps
+
+
+def total_steps(rows: int, per_step: int, recipe: settings.Recipe) -> int:
+    """Steps of the whole run, over ``rows`` rows an epoch."""
+    total = math.ceil(rows * recipe.train.num_epochs / per_step)
+    return min(total, recipe.train.max_steps or total)
 
 
 def learning_rate(step: int, total: int, recipe: settings.Recipe) -> float:
@@ -294,8 +320,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stop,
         name,
     )
-    rows_per_step = recipe.data.train.batch_size * place.world * recipe.train.accumulation_steps
-    rows = Batches(sets["train"].rows, rows_per_step, config.seed)
+    per_step = rows_per_step(recipe, place.world)
+    rows = Batches(sets["train"].rows, per_step, config.seed)
     held = Batches(sets["eval"].rows, recipe.data.eval.batch_size, config.seed) if "eval" in sets else None
     model = build_model(config, recipe, spec, base, weighting, place)
     # Parameters and Adam's two moments: known now, so not found out at the first save.
@@ -313,10 +339,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         scored = (held, scores["eval"]) if held else None
         stage1 = checkpoints_at(f"{name}/pretrain")
         pretrain_value_head(model, rows, scores["train"], scored, config, recipe, stage1, place, stop)
-    total = math.ceil(len(rows.rows) * recipe.train.num_epochs / rows_per_step)
-    total = step if state["ended"] else min(total, recipe.train.max_steps or total)
+    total = step if state["ended"] else total_steps(len(rows.rows), per_step, recipe)
     say(
-        f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {rows_per_step} a step, {total} steps; "
+        f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {per_step} a step, {total} steps; "
         f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - stop.began:.0f} s'}"
     )
     tracker = progress.tracker = Tracker(
@@ -494,7 +519,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    die_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     stop, progress = Stop(), Progress()
     rank = int(os.environ.get("RANK", "0"))
     if args.exit_file and rank == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -20,13 +21,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wmtp import config as settings
 from wmtp import train
 from wmtp.data import PROMPT_KEYS, SOLUTION_KEYS
+from wmtp.memory import LiveBytes, Peak, apart, step_peak
 from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, export_hf, read_spec
 from wmtp.paths import PathResolver
 
@@ -119,8 +123,9 @@ def make_world(app: Path, config: settings.Config, recipe: settings.Recipe) -> N
     for seed, (role, uri) in enumerate(settings.needed_models(config, recipe).items()):
         try:
             spec = read_spec(Path(PathResolver().resolve(uri)[1]))
-        except ModelError:  # not on this machine: Llama's architecture, as all models of the plan
-            spec = ModelSpec("hf", recipe.model.heads, 4096, 28, 32, 32, 11008, 32000)
+        except ModelError:  # not on this machine: the plan's, or Llama's architecture as all of these
+            assumed = ROOT / "configs" / "shapes" / Path(uri).name
+            spec = read_spec(assumed if assumed.is_dir() else ROOT / "configs" / "shapes" / "llama-7b-mtp")
         spec = dataclasses.replace(spec, heads=recipe.model.heads)
         write_model(app / "models" / role, role, shrunken(spec, vocab), app / "tokenizer", seed)
 
@@ -155,8 +160,47 @@ def arguments(app: Path, config: settings.Config, recipe: settings.Recipe, ranks
     return [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
 
 
-def start(argv: list[str], ranks: int, log: Path) -> list[int]:
-    """`wmtp.train` on forked ranks, which share this process's import of torch; their exit codes."""
+def counted(argv: list[str], kept: Path) -> int:
+    """`train.main`, with the peak of its second step in live bytes written to ``kept``, by category."""
+    live = LiveBytes()
+    made, planned, step, seen = train.adamw, train.planned_model, train.train_step, [0]
+
+    def planned_model(*args: Any, **kwargs: Any) -> Any:
+        live.__enter__()  # what was made before is data and scores, on a GPU's host
+        return planned(*args, **kwargs)
+
+    def adamw(*args: Any) -> torch.optim.Optimizer:
+        optimizer = made(*args)
+        optimizer.register_step_post_hook(lambda *_: ended())
+        return optimizer
+
+    def train_step(*args: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == 2:  # Adam's moments are there
+            live.begin()
+        return step(*args)
+
+    def ended() -> None:
+        if seen[0] == 2:
+            live.__exit__(None, None, None)
+            kept.write_text(json.dumps(live.peak))
+
+    for name, function in (("planned_model", planned_model), ("adamw", adamw), ("train_step", train_step)):
+        setattr(train, name, function)
+    return train.main(argv)
+
+
+def import_early() -> None:
+    """What each rank would import for itself, after the fork, for seconds."""
+    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store"):
+        importlib.import_module(name)
+
+
+def start(argv: list[str], ranks: int, log: Path, kept: Path | None = None) -> list[int]:
+    """`wmtp.train` on forked ranks, which share this process's import of torch; their exit codes.
+
+    ``kept``: where rank 0 writes the peak of its live bytes.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -174,7 +218,7 @@ def start(argv: list[str], ranks: int, log: Path) -> list[int]:
                     os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 torch.set_num_threads(1)
                 train.die_with_parent()
-                code = train.main(argv)
+                code = counted(argv, kept) if kept and rank == 0 else train.main(argv)
                 sys.stderr.flush()
             finally:
                 os._exit(code)
@@ -190,21 +234,23 @@ def losses(folder: Path) -> dict[int, float]:
 def live(config_file: str, recipe_file: str, overrides: list[str], env: str, app: Path) -> str:
     """The twin's whole life under ``app``; what it showed. Raises TwinError."""
     config, recipe = settings.load_pair(config_file, recipe_file, overrides, env=env)
+    import_early()
     ranks = 2 if config.devices.distributed.enabled and config.launcher.resources.gpus > 1 else 1
     make_world(app, config, recipe)
     argv = ["--config", config_file, "--recipe", recipe_file, "--run-name", "twin", "--env", "test"]
     argv += [word for o in overrides for word in ("--set", o)] + arguments(app, config, recipe, ranks)
     folder, log = app / "checkpoints" / "twin", app / "log"
 
-    def trained(what: str) -> dict[int, float]:
-        codes = start(argv, ranks, log)
+    def trained(what: str, kept: Path | None = None) -> dict[int, float]:
+        codes = start(argv, ranks, log, kept)
         if any(codes):
             text = log.read_text().splitlines() if log.exists() else []
             told = next((line for line in reversed(text) if "FAIL" in line), text[-1] if text else "no word")
             raise TwinError(f"{what}: ranks ended with {codes}: {' '.join(told.split())[:300]}")
         return losses(folder)
 
-    first = trained(f"{STEPS} steps")
+    soon = predict(argv, app)
+    first = trained(f"{STEPS} steps", app / "live.json")
     if sorted(first) != [1, 2, 3] or not (folder / f"step-{SAVED}" / ".complete").is_file():
         raise TwinError(f"steps {sorted(first)} are recorded; {STEPS} were to be, with a checkpoint after {SAVED}")
     shutil.rmtree(folder / f"step-{STEPS}")
@@ -212,7 +258,36 @@ def live(config_file: str, recipe_file: str, overrides: list[str], env: str, app
     if again[STEPS] != first[STEPS]:
         raise TwinError(f"the third step after the resume gave {again[STEPS]}, before it {first[STEPS]}")
     shown = " -> ".join(f"{first[n]:.3f}" for n in (1, 2, 3))
-    return f"{ranks} rank{'s' if ranks > 1 else ''}, {STEPS} steps, saved, resumed, third step equal: loss {shown}"
+    predicted = soon.result().bytes
+    measured = sum(json.loads((app / "live.json").read_text()).values())
+    return (
+        f"{ranks} rank{'s' if ranks > 1 else ''}, {STEPS} steps, saved, resumed, third step equal: loss {shown}; "
+        f"live bytes {measured / 2**20:.2f} MiB, predicted {predicted / 2**20:.2f} ({predicted / measured - 1:+.1%})"
+    )
+
+
+def predict(argv: list[str], app: Path) -> Future[Peak]:
+    """The peak of a step by `wmtp.memory`, for what the ranks load by ``argv``."""
+    sets = [argv[i + 1] for i, word in enumerate(argv) if word == "--set"]
+    config, recipe = settings.load_pair(argv[1], argv[3], sets, env="test")
+    return apart(step_peak, config, recipe, read_spec(app / "models" / "base"))
+
+
+def lived(config_file: str, recipe_file: str, overrides: list[str], env: str) -> tuple[bool, str, float]:
+    """Whether the twin of a recipe lives, what it showed, in how many seconds."""
+    began, before = time.monotonic(), os.environ.get("WMTP_APP_ROOT")
+    with tempfile.TemporaryDirectory(prefix="wmtp-twin-") as app:
+        os.environ["WMTP_APP_ROOT"] = app
+        try:
+            ok, detail = True, live(config_file, recipe_file, overrides, env, Path(app))
+        except (TwinError, settings.ConfigError) as error:
+            ok, detail = False, str(error)
+        finally:
+            if before is None:
+                del os.environ["WMTP_APP_ROOT"]
+            else:
+                os.environ["WMTP_APP_ROOT"] = before
+    return ok, detail, round(time.monotonic() - began, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,14 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     bad = 0
     for recipe_file in args.recipe:
-        began, ok = time.monotonic(), True
-        with tempfile.TemporaryDirectory(prefix="wmtp-twin-") as app:
-            os.environ["WMTP_APP_ROOT"] = app
-            try:
-                detail = live(args.config, recipe_file, args.overrides, args.env, Path(app))
-            except (TwinError, settings.ConfigError) as error:
-                ok, detail, bad = False, str(error), 20
-        seconds = round(time.monotonic() - began, 1)
+        ok, detail, seconds = lived(args.config, recipe_file, args.overrides, args.env)
+        bad = bad if ok else 20
         print(json.dumps({"recipe": recipe_file, "ok": ok, "detail": detail, "seconds": seconds}), flush=True)
     return bad
 

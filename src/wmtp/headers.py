@@ -1,0 +1,315 @@
+"""What a model's files hold, without their weights: from a folder or from the bucket, by reads of the headers alone.
+
+safetensors files begin with names, shapes and places; torch's zip files end with a directory, and their pickle has
+shapes without data. Beside these only the listing, the JSON files and the tokenizer are read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wmtp.manifest import MANIFEST, Manifest, ManifestError, hash_file, load_manifest
+from wmtp.model import META_WEIGHTS, ModelError, ModelSpec, model_state, read_spec, reward_state, weight_files
+
+SMALL = 32 * 2**20
+"""Bytes that a JSON or tokenizer file may have; a larger one is no header."""
+MANIFEST_MOST = 64 * 2**20
+SUFFIXES = (".json", "tokenizer.model")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class BucketError(RuntimeError):
+    """The bucket gave no answer that could be used; str() says why, ``refused`` whether it said no."""
+
+    def __init__(self, what: str, refused: bool = False) -> None:
+        super().__init__(what)
+        self.refused = refused
+
+
+class Folder:
+    """A model's folder on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name, self.bytes_read = path, str(path), 0
+        self.sizes = {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
+
+    def read(self, file: str, start: int, size: int) -> bytes:
+        with (self.path / file).open("rb") as stream:
+            stream.seek(start)
+            data = stream.read(size)
+        self.bytes_read += len(data)
+        return data
+
+    def small(self) -> Path:
+        """A folder that has at least the JSON and tokenizer files."""
+        return self.path
+
+    def manifest(self) -> Manifest | None:
+        """None: a folder has been proved by the sync, or is the user's own."""
+        return None
+
+
+class Bucket:
+    """A model under ``s3://BUCKET/models/NAME/``. ``into`` keeps its small files."""
+
+    def __init__(self, client: Any, bucket: str, model: str, into: Path) -> None:
+        self.client, self.bucket, self.prefix, self.into = client, bucket, f"models/{model}/", into
+        self.name, self.bytes_read = f"s3://{bucket}/{self.prefix}", 0
+        self.sizes: dict[str, int] = {}
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=self.prefix)
+        for page in _asked(lambda: list(pages), f"bucket {bucket}"):
+            self.sizes |= {o["Key"].removeprefix(self.prefix): o["Size"] for o in page.get("Contents", [])}
+
+    def read(self, file: str, start: int, size: int) -> bytes:
+        size = min(size, self.sizes[file] - start)
+        if size <= 0:
+            return b""
+        key, span = self.prefix + file, f"bytes={start}-{start + size - 1}"
+        data: bytes = _asked(
+            lambda: self.client.get_object(Bucket=self.bucket, Key=key, Range=span)["Body"].read(), self.name + file
+        )
+        self.bytes_read += len(data)
+        return data
+
+    def small(self) -> Path:
+        """The small files, fetched whole."""
+        for file, size in self.sizes.items():
+            if "/" in file or not file.endswith(SUFFIXES) or (self.into / file).exists():
+                continue
+            most = MANIFEST_MOST if file == MANIFEST else SMALL
+            if size > most:
+                raise ModelError(
+                    f"{self.name}{file}: {size} bytes",
+                    f"a JSON or tokenizer file has at most {most}",
+                    "publish it again",
+                )
+            self.into.mkdir(parents=True, exist_ok=True)
+            (self.into / file).write_bytes(self.read(file, 0, size))
+        return self.into
+
+    def manifest(self) -> Manifest | None:
+        """What was published; ModelError where nothing was."""
+        file = self.small() / MANIFEST
+        if not file.is_file():
+            raise ModelError(
+                f"{self.name}: no {MANIFEST}", "a model is published when its manifest is there", "make publish-models"
+            )
+        try:
+            return load_manifest(file)
+        except ManifestError as error:
+            raise ModelError(
+                f"{self.name}{MANIFEST}: {error}", "a manifest lists the files", "publish it again"
+            ) from None
+
+
+Source = Folder | Bucket
+
+
+def client_of(endpoint: str | None, region: str) -> Any:
+    """A client of the bucket that gives up soon. BucketError without credentials."""
+    import awscli  # noqa: F401 - it brings botocore, and lets it be imported under its name
+    import botocore.session
+    from botocore.config import Config as Options
+
+    session = botocore.session.get_session()
+    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+    if session.get_credentials() is None:
+        raise BucketError("no credentials of the bucket here: set AWS_ACCESS_KEY_ID, or say --offline")
+    options = Options(
+        connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2}, s3={"addressing_style": "path"}
+    )
+    return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=options)
+
+
+def _asked(call: Any, what: str) -> Any:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return call()
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        raise BucketError(f"{what}: {code or error}", refused=True) from None
+    except BotoCoreError as error:
+        raise BucketError(f"{what} does not answer: {' '.join(str(error).split())[:160]}") from None
+
+
+class _Ranged(io.RawIOBase):
+    """A file of a source, read where it is looked at, in blocks that are kept."""
+
+    BLOCK = 1 << 16
+
+    def __init__(self, source: Source, file: str) -> None:
+        self.source, self.file, self.size, self.at = source, file, source.sizes[file], 0
+        self.blocks: dict[int, bytes] = {}
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self.size if size is None or size < 0 else min(self.size, self.at + size)
+        data = b""
+        while self.at < end:
+            number = self.at // self.BLOCK
+            if number not in self.blocks:
+                self.blocks[number] = self.source.read(self.file, number * self.BLOCK, self.BLOCK)
+            block = self.blocks[number][self.at - number * self.BLOCK : end - number * self.BLOCK]
+            if not block:
+                break
+            data += block
+            self.at += len(block)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def tensors(source: Source) -> dict[str, Tensor]:
+    """Every tensor of a model as one without data, under its name in the file. Raises ModelError, BucketError."""
+    folder = source.small()
+    files = [META_WEIGHTS] if (folder / "params.json").is_file() else weight_files(folder, source.sizes)
+    missing = [file for file in files if file not in source.sizes]
+    if missing:
+        raise ModelError(
+            f"{source.name}: {', '.join(missing)}: not there",
+            "every file of the weights is there",
+            "publish or sync it again",
+        )
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found.update(_safetensors(source, file) if file.endswith(".safetensors") else _zipped(source, file))
+    return found
+
+
+def _broken(source: Source, file: str, what: str) -> ModelError:
+    return ModelError(f"{source.name}/{file}: {what}", "a whole file of weights", "publish or sync the model again")
+
+
+def _safetensors(source: Source, file: str) -> dict[str, Tensor]:
+    size = source.sizes[file]
+    length = int.from_bytes(source.read(file, 0, 8), "little")
+    if not 2 <= length <= min(size - 8, 100_000_000):
+        raise _broken(source, file, f"no safetensors header in its {size} bytes")
+    try:
+        header: dict[str, Any] = json.loads(source.read(file, 8, length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        found = {
+            name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise _broken(source, file, f"its header can't be read: {type(error).__name__} {error}") from None
+    if 8 + length + end != size:
+        raise _broken(source, file, f"{size} bytes, its header says {8 + length + end}")
+    return found
+
+
+def _zipped(source: Source, file: str) -> dict[str, Tensor]:
+    try:
+        with FakeTensorMode():  # torch reads no data then
+            content = torch.load(cast(IO[bytes], _Ranged(source, file)), map_location="cpu", weights_only=True)
+    except BucketError:
+        raise
+    except Exception as error:  # torch raises half a dozen types for a torn or unsafe file
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _broken(source, file, first[:200]) from None
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise _broken(source, file, "not a flat dictionary of tensors")
+    return {name: torch.empty(v.shape, dtype=v.dtype, device="meta") for name, v in content.items()}
+
+
+def spec_of(source: Source, raw: Mapping[str, Tensor] | None = None) -> ModelSpec:
+    """The shapes that the JSON says; a vocabulary of -1 is read from the embedding's header."""
+
+    def rows() -> int:
+        return int((raw or tensors(source))["tok_embeddings.weight"].shape[0])
+
+    return read_spec(source.small(), rows)
+
+
+def check(source: Source, role: str) -> Iterator[str]:
+    """What the loader would ask of the model, asked now: yields remarks; raises ModelError, BucketError."""
+    manifest = source.manifest()
+    if manifest is not None:
+        _check_published(source, manifest)
+    raw = tensors(source)
+    spec = spec_of(source, raw)
+    state = (reward_state if role == "rm" else model_state)(source.name, spec, raw)
+    odd = [f"{name} is {value.dtype}".replace("torch.", "") for name, value in raw.items() if value.dtype not in FLOATS]
+    if odd:
+        raise ModelError(
+            f"{source.name}: {', '.join(odd[:3])}",
+            "weights are float32, bfloat16 or float16",
+            "convert it, publish it again",
+        )
+    kinds = {v.dtype: k for k, v in state.items() if v.dim() > 1 and not k.startswith("v_head")}
+    if len(kinds) > 1:
+        told = ", ".join(f"{name} is {dtype}" for dtype, name in kinds.items()).replace("torch.", "")
+        raise ModelError(
+            f"{source.name}: {told}", "the matrices of a model have one dtype", "convert it, publish it again"
+        )
+    dtype = str(next(iter(kinds), torch.float32)).removeprefix("torch.")
+    total = sum(v.nbytes for v in raw.values())
+    layers = f"{spec.trunk_layers} + {spec.heads} layers of {spec.hidden}"
+    yield f"{len(raw)} tensors, {total / 1e9:.2f} GB of {dtype}; {layers}"
+
+
+def _check_published(source: Source, manifest: Manifest) -> None:
+    wrong = [
+        f"{entry.path}: {'not there' if there is None else f'{there} bytes, published were {entry.bytes}'}"
+        for entry in manifest.files
+        if (there := source.sizes.get(entry.path)) != entry.bytes
+    ]
+    folder = source.small()
+    wrong += [
+        f"{entry.path}: not the content that was published"
+        for entry in manifest.files
+        if (folder / entry.path).is_file() and hash_file(folder / entry.path) != entry.blake3
+    ]
+    if wrong:
+        raise ModelError(
+            f"{source.name}: {len(wrong)} files are not as published: {'; '.join(wrong[:3])}",
+            "the bucket has every file that the manifest lists",
+            "make publish-models FROM=…",
+        )
+
+
+def temporary() -> tempfile.TemporaryDirectory[str]:
+    """Where the small files of buckets are kept meanwhile."""
+    return tempfile.TemporaryDirectory(prefix="wmtp-headers-")

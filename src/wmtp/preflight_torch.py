@@ -1,0 +1,484 @@
+"""The checks of the dry run that need torch: memory, models without their weights, tokenizers, data, the twin.
+
+    python -m wmtp.preflight_torch --config F --recipe F [--recipe F …] [--set A.B=C …] --env E
+                                   [--only memory,models,…] [--offline] [--verbose]
+
+`wmtp.preflight` starts it beside its own checks. Standard output: one JSON line a finding, as it is found; whatever
+goes wrong with one recipe is a finding too. Exit code: 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmtp import config as settings
+from wmtp import headers, memory, twin
+from wmtp.data import DataError, Tokenizer, load_tokenizer, pack, read_records, tokenize
+from wmtp.headers import Bucket, BucketError, Folder, Source
+from wmtp.memory import GIB, MARGIN, Peak
+from wmtp.model import ModelError, ModelSpec
+from wmtp.paths import PathResolver
+from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here
+from wmtp.runfile import MODEL_GB
+from wmtp.train import die_with_parent, rows_per_step, total_steps
+from wmtp.vocab import VocabError, Vocabulary, compare
+
+AWKWARD = (
+    "",
+    " ",
+    "  two  spaces  ",
+    "\tdef f(x):\n\t\treturn x  # tab\n",
+    "    if a != b and c[0] ** 2 >= 1e-5:\n        pass\r\n",
+    "naïve café — “quotes” … Ω≈ç√ 한국어 日本語 العربية",
+    "👩‍💻🏳️‍🌈 e\u0301 \u200b \ufeff \u00a0",
+    "0123456789 0x1F 1_000 3.14159 1e-9",
+    "<s> </s> <unk> [INST] <|endoftext|>",
+    "\x00\x07\x1b[31m\x7f",
+)
+ROWS_COMPARED = 20
+CHARACTERS = 20_000_000
+"""Of a larger corpus an even sample is tokenized; what is said of it is then an estimate, and says so."""
+
+
+@dataclass
+class Model:
+    """What is known here of a model that the recipe needs."""
+
+    name: str
+    source: Source | None
+    """None: neither here nor in a bucket that answers."""
+    spec: ModelSpec | None
+    place: str
+    why: str = ""
+    """Why there is no source."""
+
+
+class Models:
+    """Each model that a recipe needs, looked at once for all recipes."""
+
+    def __init__(self, offline: bool, into: Path) -> None:
+        self.offline, self.into = offline, into
+        self.known: dict[tuple[str, str], tuple[Model, list[Finding]]] = {}
+
+    def of(self, config: settings.Config, role: str, uri: str) -> tuple[Model, list[Finding]]:
+        key = ("rm" if role == "rm" else "lm", uri)
+        if key not in self.known:
+            self.known[key] = self._look(config, role, uri)
+        return self.known[key]
+
+    def _look(self, config: settings.Config, role: str, uri: str) -> tuple[Model, list[Finding]]:
+        model = self._find(config, uri)
+        subject = f"model {model.name}"
+        if model.source is None:
+            if model.spec is None:
+                return model, [Finding(5, NOT, subject, f"{model.why}; its shapes are not known here")]
+            return model, [Finding(5, NOT, subject, f"{model.why}; shapes assumed ({model.place})")]
+        try:
+            remarks = list(headers.check(model.source, role))
+            model.spec = headers.spec_of(model.source)
+        except ModelError as error:
+            return model, [Finding(5, FAIL, subject, error.what, error.next_step, error.rule)]
+        except BucketError as error:
+            model.why = str(error)
+            return model, [Finding(5, NOT, subject, str(error))]
+        read = model.source.bytes_read
+        size = sum(model.source.sizes.values())
+        detail = f"{'; '.join(remarks)}; {read / 1e3:.0f} kB of {size / 1e6:.0f} MB read, {model.place}"
+        return model, [Finding(5, OK, subject, detail)]
+
+    def _find(self, config: settings.Config, uri: str) -> Model:
+        name = Path(uri).name
+        folder = here(uri)
+        if folder is None and (ROOT / "tests" / "test_models" / name).is_dir():
+            folder = ROOT / "tests" / "test_models" / name  # what the mini-test publishes
+        if folder is not None and any(folder.iterdir()):
+            return Model(name, Folder(folder), None, f"in {folder}")
+        why = "--offline" if self.offline else ""
+        if not why:
+            try:
+                endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
+                client = headers.client_of(endpoint, config.storage.region)
+                return Model(name, Bucket(client, config.storage.bucket, name, self.into / name), None, "in the bucket")
+            except BucketError as error:
+                why = str(error)
+        assumed = ROOT / "configs" / "shapes" / name
+        spec = headers.read_spec(assumed) if assumed.is_dir() else None
+        return Model(name, None, spec, f"configs/shapes/{name}", why)
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizers(models: dict[str, Model], texts: Sequence[str]) -> tuple[Finding, Tokenizer | None]:
+    """One vocabulary in all models of a recipe, and the same ids for the same text."""
+    found: dict[str, Tokenizer] = {}
+    absent: list[Model] = []
+    for model in models.values():
+        if model.source is None:
+            absent.append(model)
+            continue
+        try:
+            found[model.name] = load_tokenizer(model.source.small())
+        except (DataError, BucketError, ModelError) as error:
+            what, *rest = str(error).replace("; ", "\n").splitlines()
+            rule, following = ([line.strip().partition(": ")[2] for line in rest] + ["", ""])[:2]
+            return Finding(5, FAIL, "tokenizers", what, following, rule), None
+    subject = "tokenizers"
+    base = next(iter(found.values()), None)
+    if base is None:
+        return Finding(5, NOT, subject, f"of none of the models: {absent[0].why}"), None
+    rule = "all models of a run share one vocabulary, in size, order and content"
+    sizes = {name: _stated(models, name, tokenizer) for name, tokenizer in found.items()}
+    vocabularies = [Vocabulary(name, sizes[name], tokenizer.pieces()) for name, tokenizer in found.items()]
+    try:
+        compare(vocabularies, vocabularies[0].size)
+    except VocabError as error:
+        return Finding(
+            5, FAIL, subject, f"{error}{_added(vocabularies)}", "name models of one family in paths.models", rule
+        ), base
+    for name, tokenizer in found.items():
+        for special in ("bos_id", "eos_id", "unk_id"):
+            mine, its = getattr(base, special), getattr(tokenizer, special)
+            if mine != its:
+                what = f"{special} is {its} in {name}, {mine} in {vocabularies[0].name}"
+                return Finding(5, FAIL, subject, what, "give it the tokenizer files of its family", rule), base
+        for text in (*AWKWARD, *texts[:ROWS_COMPARED]):
+            if base.encode(text) != tokenizer.encode(text):
+                what = f"{name} and {vocabularies[0].name} give other ids for {text[:60]!r}"
+                return Finding(5, FAIL, subject, what, "give it the tokenizer files of its family", rule), base
+    compared = len(AWKWARD) + len(texts[:ROWS_COMPARED])
+    what = f"one vocabulary of {vocabularies[0].size} pieces, the same ids for {compared} texts"
+    if absent:
+        missing = ", ".join(model.name for model in absent)
+        return Finding(5, NOT, subject, f"{what}; not of {missing}: {absent[0].why}"), base
+    return Finding(5, OK, subject, what), base
+
+
+def _stated(models: dict[str, Model], name: str, tokenizer: Tokenizer) -> int:
+    spec = next((m.spec for m in models.values() if m.name == name), None)
+    return spec.vocab_size if spec else len(tokenizer.pieces())
+
+
+def _added(vocabularies: list[Vocabulary]) -> str:
+    """Where one vocabulary is the beginning of another, what was added to it."""
+    shorter, *_, longer = sorted([*vocabularies, vocabularies[-1]], key=lambda v: len(v.pieces))
+    more = list(longer.pieces[len(shorter.pieces) :])
+    if more and list(longer.pieces[: len(shorter.pieces)]) == list(shorter.pieces):
+        some = ", ".join(map(repr, more[:3]))
+        return (
+            f"; {longer.name} has {len(more)} added at the end ({some}): usually padding, which masks nothing here: "
+            "cut these rows from its embedding and its vocab_size, and publish it again"
+        )
+    return ""
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def check_data(
+    config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer | None, verbose: bool
+) -> Iterator[Finding]:
+    """What the recipe's sources give: records, lengths, rows, steps."""
+    held: set[str] = set()
+    parts: tuple[tuple[str, Any], ...] = (("eval", recipe.data.eval), ("train", recipe.data.train))
+    for part, layout in parts:
+        texts: list[str] = []
+        complete = True
+        for name in layout.sources:
+            found = yield from _source(config, name)
+            complete = complete and found is not None
+            texts += [text for text in found or [] if part == "eval" or text not in held]
+        if part == "eval":
+            held = set(texts)
+        if not layout.sources or not complete:
+            continue
+        subject = f"data.{part}"
+        if tokenizer is None:
+            yield Finding(
+                5,
+                NOT,
+                subject,
+                f"{len(texts)} texts, {sum(map(len, texts)) / 1e6:.1f} M characters; tokens: no tokenizer here",
+            )
+            continue
+        if not texts:
+            yield Finding(
+                5,
+                FAIL,
+                subject,
+                "no text that is not held out",
+                "look at data.eval.sources",
+                "at least one document to train on",
+            )
+            continue
+        yield _counted(subject, texts, layout, tokenizer, config, recipe)
+        if verbose:
+            ids = tokenizer.encode(texts[0])[:60]
+            yield Finding(5, OK, f"{subject} sample", f"{len(ids)} tokens decode to {tokenizer.decode(ids)!r}")
+
+
+def _source(config: settings.Config, name: str) -> Generator[Finding, None, list[str] | None]:
+    """Findings of one source; returns its texts, None where it can't be read."""
+    uri = config.paths.datasets.get(name)
+    subject = f"data {name}"
+    if uri is None:
+        yield Finding(
+            5, FAIL, subject, "is not in paths.datasets", f"paths.datasets.{name}: file://…", "a source is a dataset"
+        )
+        return None
+    folder = here(uri)
+    if folder is None:
+        yield Finding(5, NOT, subject, f"{uri} is not on this machine")
+        return None
+    try:
+        records = read_records(folder)
+    except DataError as error:
+        what, *rest = str(error).splitlines()
+        told = {k.strip(): v for k, _, v in (line.partition(": ") for line in rest)}
+        yield Finding(5, FAIL, subject, what.replace(str(folder), name), told.get("next", ""), told.get("rule", ""))
+        return None
+    yield Finding(
+        5,
+        OK,
+        subject,
+        f"{len(records)} records in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}",
+    )
+    return [record.text for record in records]
+
+
+def _counted(
+    subject: str, texts: list[str], layout: Any, tokenizer: Tokenizer, config: settings.Config, recipe: settings.Recipe
+) -> Finding:
+    every = max(1, math.ceil(sum(map(len, texts)) / CHARACTERS))
+    documents = tokenize(texts[::every], tokenizer)
+    rows = pack(documents, layout.max_length, tokenizer.eos_id, layout.pack_sequences)
+    lengths = sorted(map(len, documents))
+    long, middle, most = sum(n > layout.max_length for n in lengths), len(lengths) // 2, int(len(lengths) * 0.95)
+    detail = (
+        f"{len(texts)} documents, {sum(lengths) * every} tokens; half have up to {lengths[middle]}, "
+        f"95 % up to {lengths[most]}, the longest {lengths[-1]}\n{_histogram(lengths)}\n"
+        f"{long / len(lengths):.1%} are longer than a row of {layout.max_length} and are cut; "
+        f"{len(rows) * every} rows, {rows.tokens / rows.pad.numel():.0%} full"
+    )
+    if every > 1:
+        detail += f"; estimated from one document in {every}"
+    if subject == "data.train":
+        world = max(1, config.launcher.resources.gpus) if config.devices.distributed.enabled else 1
+        per_step = rows_per_step(recipe, world)
+        total = total_steps(len(rows) * every, per_step, recipe)
+        detail += f"; {len(rows) * every / per_step:.1f} steps an epoch, {total} in all"
+        if len(rows) * every < per_step:
+            return Finding(
+                5,
+                WARN,
+                subject,
+                detail,
+                "lower train.accumulation_steps or data.train.batch_size",
+                "a step is at most an epoch",
+            )
+    return Finding(5, OK, subject, detail)
+
+
+def _histogram(lengths: list[int]) -> str:
+    """Shares of the documents by powers of two of their tokens."""
+    top = max(6, math.ceil(math.log2(lengths[-1])))
+    counts = [sum(2 ** (k - 1) < n <= 2**k or (k == 5 and n <= 16) for n in lengths) for k in range(5, top + 1)]
+    return "tokens " + " ".join(
+        f"<={2**k} {count / len(lengths):.0%}" for k, count in zip(range(5, top + 1), counts, strict=True)
+    )
+
+
+# ---- memory and disk -------------------------------------------------------------------------------------------------
+
+
+Asked = tuple[dict[str, ModelSpec], Future[list[Peak]] | None]
+
+
+def ask_memory(config: settings.Config, recipe: settings.Recipe, models: dict[str, Model]) -> Asked:
+    """Begin to walk through the step, apart; `check_memory` waits for it."""
+    specs = {role: model.spec for role, model in models.items() if model.spec is not None}
+    if "base" not in specs:
+        return specs, None
+    specs["base"] = dataclasses.replace(specs["base"], heads=recipe.model.heads)
+    return specs, memory.apart(memory.peaks, config, recipe, specs)
+
+
+def check_memory(
+    config: settings.Config, recipe: settings.Recipe, models: dict[str, Model], asked: Asked
+) -> Iterator[Finding]:
+    subject = f"memory {recipe.train.algo}"
+    specs, future = asked
+    unknown = [model.name for model in models.values() if model.spec is None]
+    if future is None:
+        yield Finding(4, NOT, subject, f"the shapes of {', '.join(unknown)} are not known here")
+        return
+    assumed = sorted(m.name for m in models.values() if m.source is None and m.spec is not None)
+    peaks = future.result()
+    most = max(peaks, key=lambda p: p.bytes)
+    resources = config.launcher.resources
+    gib = resources.gpu_memory_gb or GPU_MEMORY_GIB.get(resources.gpu_type)
+    lines = [_phase(peak) for peak in peaks]
+    if assumed:
+        lines.append(f"shapes of {', '.join(assumed)} assumed")
+    if unknown:
+        lines.append(f"without {', '.join(unknown)}: shapes not known here")
+    if config.devices.compute_backend == "cpu" or not gib:
+        where = "on the CPU, no GPU to fit in" if gib is None else "the CPU's"
+        yield Finding(4, OK, subject, "\n".join([f"peak {shown(most.bytes)} a rank at {most.phase}; {where}", *lines]))
+        return
+    room = int(gib * GIB)
+    first = f"peak {shown(most.bytes)} of {gib:g} GiB at {most.phase}"
+    rule = f"{MARGIN:.0%} of a GPU stay free: for CUDA, NCCL, kernels' own buffers, fragmentation"
+    if most.bytes <= room * (1 - MARGIN):
+        yield Finding(4, OK, subject, "\n".join([first, *lines]), rule=rule)
+        return
+    verdict = FAIL if most.bytes > room else WARN
+    left = 1 - most.bytes / room
+    first += f": {'does not fit' if verdict == FAIL else f'margin {left:.0%}'}"
+    told = []
+    if most.phase == "step":
+        for what, peak in memory.apart(memory.advice, config, recipe, specs["base"], int(room * (1 - MARGIN))).result():
+            told.append(f"{what} gives {shown(peak.bytes)}")
+    yield Finding(
+        4, verdict, subject, "\n".join([first, *lines]), "; ".join(told) or "more GPUs, or GPUs with more memory", rule
+    )
+
+
+def _phase(peak: Peak) -> str:
+    """A phase and its categories, the largest first; what is under half a percent is left out."""
+    parts = sorted(peak.parts.items(), key=lambda part: -part[1])
+    told = ", ".join(f"{kind} {shown(size)}" for kind, size in parts if size >= peak.bytes / 200)
+    return f"{peak.phase} {shown(peak.bytes)}: {told}"
+
+
+def check_disk(config: settings.Config, recipe: settings.Recipe, models: dict[str, Model]) -> Finding:
+    """Models and checkpoints against the disk that they go to."""
+    subject = f"disk {recipe.train.algo}"
+    sizes = [_size(model) for model in models.values()]
+    spec = models["base"].spec
+    if spec is None or None in sizes:
+        return Finding(4, NOT, subject, "sizes of the models are not known here")
+    checkpoints = config.paths.checkpoints
+    one = 3 * memory.whole_bytes(spec)
+    kept = checkpoints.keep_last + 1
+    need = sum(size or 0 for size in sizes) + kept * one + (one // 3 if checkpoints.save_final else 0)
+    detail = (
+        f"{need / 1e9:.1f} GB: models {sum(size or 0 for size in sizes) / 1e9:.1f} GB to sync, {kept} checkpoints of "
+        f"{one / 1e9:.1f} GB{' and the export' if checkpoints.save_final else ''}"
+    )
+    if config.launcher.target != "local":
+        return Finding(4, NOT, subject, f"{detail}; the node's disk is not known here")
+    folder = Path(PathResolver().resolve("file:///app")[1])
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        return Finding(
+            4,
+            FAIL,
+            subject,
+            f"{detail}; {folder} has {free / 1e9:.1f} GB free",
+            "free some, or WMTP_APP_ROOT elsewhere",
+            "models and checkpoints fit",
+        )
+    return Finding(4, OK, subject, f"{detail}; {folder} has {free / 1e9:.1f} GB free")
+
+
+def _size(model: Model) -> int | None:
+    if model.source is not None:
+        return sum(model.source.sizes.values())
+    return int(MODEL_GB[model.name] * 1e9) if model.name in MODEL_GB else None
+
+
+def shown(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only: set[str]) -> Iterator[Finding]:
+    config, recipe = settings.load_pair(args.config, recipe_file, args.overrides, env=args.env)
+    needed: dict[str, Model] = {}
+    if only & {"models", "tokenizers", "data", "memory"}:
+        for role, uri in settings.needed_models(config, recipe).items():
+            needed[role], found = models.of(config, role, uri)
+            if "models" in only:
+                yield from found
+    asked = ask_memory(config, recipe, needed) if "memory" in only else None
+    tokenizer = None
+    if only & {"tokenizers", "data"}:
+        finding, tokenizer = check_tokenizers(needed, _first_texts(config, recipe))
+        if "tokenizers" in only:
+            yield finding
+    if "data" in only:
+        yield from check_data(config, recipe, tokenizer, args.verbose)
+    if "twin" in only:
+        yield twin_finding(args, recipe_file)
+    if asked:
+        yield check_disk(config, recipe, needed)
+        yield from check_memory(config, recipe, needed, asked)
+
+
+def _first_texts(config: settings.Config, recipe: settings.Recipe) -> list[str]:
+    for name in recipe.data.train.sources:
+        folder = here(config.paths.datasets.get(name, "file:///nowhere"))
+        try:
+            return [record.text for record in read_records(folder)[:ROWS_COMPARED]] if folder else []
+        except DataError:
+            return []
+    return []
+
+
+def twin_finding(args: argparse.Namespace, recipe_file: str) -> Finding:
+    subject = f"twin {Path(recipe_file).stem.removeprefix('recipe.')}"
+    ok, detail, seconds = twin.lived(args.config, recipe_file, args.overrides, args.env)
+    following = "" if ok else f"the same alone: python -m wmtp.twin --config … --recipe {recipe_file}"
+    return Finding(5, OK if ok else FAIL, subject, f"{detail}, {seconds} s", following)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m wmtp.preflight_torch", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--recipe", required=True, action="append")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--env", required=True)
+    parser.add_argument("--only", default=",".join(TORCH_CHECKS))
+    parser.add_argument("--offline", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args(argv)
+    only = set(args.only.split(","))
+    die_with_parent()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="wmtp-dryrun-") as into:
+        models = Models(args.offline, Path(into))
+        for recipe_file in args.recipe:
+            try:
+                for finding in findings_of(args, recipe_file, models, only):
+                    print(json.dumps(dataclasses.asdict(finding)), flush=True)
+            except Exception as error:  # one recipe's surprise hides none of the others' findings
+                what = f"{recipe_file}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(json.dumps(dataclasses.asdict(Finding(5, FAIL, "dry run", what))), flush=True)
+                if args.verbose:
+                    raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

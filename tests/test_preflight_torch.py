@@ -1,0 +1,237 @@
+"""The dry run's checks that need torch: each broken once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from wmtp import config as settings
+from wmtp import memory, preflight_torch, twin
+from wmtp.headers import Folder
+from wmtp.memory import GIB, Peak
+from wmtp.model import ModelSpec, read_spec
+from wmtp.preflight import FAIL, NOT, OK, WARN, Finding
+from wmtp.preflight_torch import Model
+
+ROOT = Path(__file__).parents[1]
+VESSL = str(ROOT / "configs/config.vessl.yaml")
+BASELINE, CRITIC = (str(ROOT / f"configs/recipe.{algo}.yaml") for algo in ("baseline_mtp", "critic_wmtp"))
+SPEC = ModelSpec("hf", 4, 64, 1, 4, 4, 128, 512)
+TEXTS = [f"def f{n}(x):\n    return x + {n}" for n in range(300)]
+
+
+def pair(recipe: str = BASELINE, *sets: str) -> tuple[settings.Config, settings.Recipe]:
+    return settings.load_pair(VESSL, recipe, list(sets), env="production")
+
+
+def model_of(folder: Path, texts: list[str], size: int | None = None) -> Model:
+    vocab = twin.write_tokenizer(folder, texts)
+    spec = dataclasses.replace(SPEC, vocab_size=size or vocab)
+    return Model(folder.name, Folder(folder), spec, "here")
+
+
+def test_one_vocabulary(tmp_path: Path) -> None:
+    base = model_of(tmp_path / "base", TEXTS)
+    shutil.copytree(tmp_path / "base", tmp_path / "rm")
+    same = Model("rm", Folder(tmp_path / "rm"), base.spec, "here")
+    finding, tokenizer = preflight_torch.check_tokenizers({"base": base, "rm": same}, TEXTS[:3])
+    assert finding.verdict == OK and "the same ids for 13 texts" in finding.detail and tokenizer
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": Model("rm", None, None, "", "no answer")}, [])
+    assert finding.verdict == NOT and "not of rm: no answer" in finding.detail
+    finding, tokenizer = preflight_torch.check_tokenizers({"rm": Model("rm", None, None, "", "no answer")}, [])
+    assert (finding.verdict, tokenizer) == (NOT, None)
+
+
+def test_another_vocabulary_of_the_same_size(tmp_path: Path) -> None:
+    base, other = model_of(tmp_path / "base", TEXTS), model_of(tmp_path / "rm", [t[::-1] for t in TEXTS])
+    assert base.spec and other.spec
+    size = min(base.spec.vocab_size, other.spec.vocab_size)
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, [])
+    assert finding.verdict == FAIL and finding.rule and finding.next
+    if base.spec.vocab_size == other.spec.vocab_size == size:
+        assert "differ at piece" in finding.detail
+
+
+def json_tokenizer(folder: Path, pieces: list[str], unk: str = "<unk>") -> Model:
+    folder.mkdir()
+    vocab = {piece: n for n, piece in enumerate(pieces)}
+    content: dict[str, object] = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": unk},
+        "added_tokens": [],
+    }
+    content |= {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": unk}))
+    return Model(folder.name, Folder(folder), dataclasses.replace(SPEC, vocab_size=len(pieces)), "here")
+
+
+def test_an_added_token_is_explained(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "a", "b"]
+    base, padded = json_tokenizer(tmp_path / "base", pieces), json_tokenizer(tmp_path / "rm", [*pieces, "<pad>"])
+    for models in ({"base": base, "rm": padded}, {"base": padded, "rm": base}):
+        finding, _ = preflight_torch.check_tokenizers(models, [])
+        assert finding.verdict == FAIL
+        assert "rm has 1 added at the end ('<pad>'): usually padding" in finding.detail
+
+
+def test_the_same_pieces_with_other_special_tokens(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "a", "b"]
+    base, other = json_tokenizer(tmp_path / "base", pieces), json_tokenizer(tmp_path / "rm", pieces, unk="b")
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, [])
+    assert finding.verdict == FAIL and "unk_id is 4 in rm, 0 in base" in finding.detail
+
+
+def test_the_same_pieces_that_cut_text_otherwise(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "a", "b"]
+    base, other = json_tokenizer(tmp_path / "base", pieces), json_tokenizer(tmp_path / "rm", pieces)
+    file = tmp_path / "rm" / "tokenizer.json"
+    file.write_text(file.read_text().replace('{"type": "Whitespace"}', "null"))
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, ["a b"])
+    assert finding.verdict == FAIL and "other ids for" in finding.detail
+
+
+def test_a_model_without_tokenizer_or_with_another_size_stated(tmp_path: Path) -> None:
+    base = model_of(tmp_path / "base", TEXTS)
+    (tmp_path / "rm").mkdir()
+    finding, _ = preflight_torch.check_tokenizers(
+        {"base": base, "rm": Model("rm", Folder(tmp_path / "rm"), SPEC, "")}, []
+    )
+    assert finding.verdict == FAIL and "holds no tokenizer" in finding.detail and finding.next
+    padded = model_of(tmp_path / "padded", TEXTS, size=640)
+    finding, _ = preflight_torch.check_tokenizers({"base": padded}, [])
+    assert finding.verdict == FAIL and "its vocab_size is 640" in finding.detail
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def source(folder: Path, texts: list[str]) -> str:
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"prompt": t, "solution": "pass"}) + "\n" for t in texts))
+    return f"file://{folder}"
+
+
+def data_of(tmp_path: Path, train: list[str], held: list[str], verbose: bool = False, *sets: str) -> dict[str, Finding]:
+    tokenizer = preflight_torch.load_tokenizer(model_of(tmp_path / "t", TEXTS).source.small())  # type: ignore[union-attr]
+    config, recipe = pair(BASELINE, "data.train.max_length=64", *sets)
+    uris = {"wmtp_code": source(tmp_path / "train", train), "mbpp_tiny": source(tmp_path / "held", held)}
+    paths = config.paths.model_copy(update={"datasets": uris})
+    config = config.model_copy(update={"paths": paths})
+    return {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, verbose)}
+
+
+def test_data_is_counted(tmp_path: Path) -> None:
+    found = data_of(tmp_path, [*TEXTS, "x " * 500], TEXTS[:10], True, "train.accumulation_steps=1")
+    train = found["data.train"]
+    assert train.verdict == OK
+    assert "291 documents" in train.detail  # what is held out is not trained on
+    assert "0.3% are longer than a row of 64 and are cut" in train.detail
+    assert "steps an epoch" in train.detail and "tokens <=32" in train.detail
+    assert "10 documents" in found["data.eval"].detail
+    assert "def f" in found["data.train sample"].detail
+
+
+def test_data_of_less_than_a_step_and_of_nothing(tmp_path: Path) -> None:
+    found = data_of(tmp_path, TEXTS[:20], TEXTS[:2])
+    assert found["data.train"].verdict == WARN and "0." in found["data.train"].detail
+    (tmp_path / "again").mkdir()
+    found = data_of(tmp_path / "again", TEXTS[:2], TEXTS[:2])
+    assert found["data.train"].verdict == FAIL and "not held out" in found["data.train"].detail
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [('{"prompt": 1}', "train/a.jsonl:301"), ('{"prompt"', "train/a.jsonl:301"), ("[]", "train/a.jsonl:301")],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, told: str) -> None:
+    tmp_path = tmp_path / "d"
+    tmp_path.mkdir()
+    config, recipe = pair()
+    uris = {"wmtp_code": source(tmp_path / "train", TEXTS), "mbpp_tiny": source(tmp_path / "held", TEXTS)}
+    with (tmp_path / "train" / "a.jsonl").open("a") as file:
+        file.write(line + "\n")
+    config = config.model_copy(update={"paths": config.paths.model_copy(update={"datasets": uris})})
+    found = [f for f in preflight_torch.check_data(config, recipe, None, False) if f.verdict == FAIL]
+    assert len(found) == 1 and told.replace("train/", "wmtp_code/") in found[0].detail and found[0].next
+
+
+def test_a_large_corpus_is_sampled_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = data_of(tmp_path, TEXTS, TEXTS[:1])["data.train"].detail
+    monkeypatch.setattr(preflight_torch, "CHARACTERS", 3000)
+    (tmp_path / "b").mkdir()
+    part = data_of(tmp_path / "b", TEXTS, TEXTS[:1])["data.train"].detail
+    assert "estimated from one document in" in part and "estimated" not in whole
+    tokens = [int(d.split(" tokens")[0].rsplit(" ", 1)[1]) for d in (whole, part)]
+    assert tokens[1] == pytest.approx(tokens[0], rel=0.1)
+
+
+# ---- memory and disk -------------------------------------------------------------------------------------------------
+
+
+def memory_of(monkeypatch: pytest.MonkeyPatch, gib: int, most: float, *sets: str) -> Finding:
+    """The verdict on a step of ``most`` GiB on GPUs of ``gib``; the walk itself is `test_memory`'s."""
+
+    class Known:
+        def __init__(self, value: object) -> None:
+            self.value = value
+
+        def result(self) -> object:
+            return self.value
+
+    lower = [("train.accumulation_steps=1", Peak("step", {"weights": int(20 * GIB)}))]
+    monkeypatch.setattr(memory, "apart", lambda function, *_: Known(lower))
+    config, recipe = pair(BASELINE, f"launcher.resources.gpu_memory_gb={gib}", *sets)
+    models = {"base": Model("llama-7b-mtp", None, SPEC, "configs/shapes/llama-7b-mtp", "--offline")}
+    asked = ({"base": SPEC}, Known([Peak("loading", {"weights": GIB}), Peak("step", {"weights": int(most * GIB)})]))
+    (finding,) = preflight_torch.check_memory(config, recipe, models, asked)  # type: ignore[arg-type]
+    return finding
+
+
+def test_memory_that_fits_and_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = memory_of(monkeypatch, 80, 47.2)
+    assert fits.verdict == OK and "peak 47.2 GiB of 80 GiB at step" in fits.detail
+    assert "shapes of llama-7b-mtp assumed" in fits.detail
+    tight = memory_of(monkeypatch, 80, 75)
+    assert tight.verdict == WARN and "margin 6%" in tight.detail
+    over = memory_of(monkeypatch, 40, 47.2)
+    assert over.verdict == FAIL and "does not fit" in over.detail
+    assert over.next == "train.accumulation_steps=1 gives 20.0 GiB" and over.rule
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seven = read_spec(ROOT / "configs/shapes/llama-7b-mtp")
+    config, recipe = pair()
+    models = {"base": Model("llama-7b-mtp", None, seven, "")}
+    finding = preflight_torch.check_disk(config, recipe, models)
+    assert finding.verdict == NOT and "models 27.0 GB to sync, 4 checkpoints of 80.9 GB" in finding.detail
+    monkeypatch.setenv("WMTP_APP_ROOT", str(tmp_path))
+    local = config.model_copy(update={"launcher": config.launcher.model_copy(update={"target": "local"})})
+    usage = type("Usage", (), {"free": 10**9})
+    monkeypatch.setattr(preflight_torch.shutil, "disk_usage", lambda _: usage)
+    finding = preflight_torch.check_disk(local, recipe, models)
+    assert finding.verdict == FAIL and "1.0 GB free" in finding.detail
+    usage.free = 10**12  # type: ignore[attr-defined]
+    assert preflight_torch.check_disk(local, recipe, models).verdict == OK
+
+
+def test_the_plans_models_have_their_shapes() -> None:
+    """Parameters as the models' cards say: 6.7 and 2.7 billion."""
+    sizes = {p.name: memory.whole_bytes(read_spec(p)) / 4e9 for p in (ROOT / "configs" / "shapes").iterdir()}
+    assert sizes == pytest.approx({"llama-7b-mtp": 6.74, "starling-rm-7b": 6.74, "sheared-llama-2.7b": 2.70}, abs=0.02)
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+
+
+def test_one_recipes_surprise_hides_no_other_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--config", VESSL, "--env", "production", "--only", "data,models", "--offline"]
+    assert preflight_torch.main([*arguments, "--recipe", str(tmp_path / "none.yaml"), "--recipe", CRITIC]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found[0]["verdict"] == FAIL and "none.yaml" in found[0]["detail"]
+    assert {f["subject"] for f in found if f["verdict"] == NOT} >= {"model llama-7b-mtp", "model starling-rm-7b"}
+    assert all("shapes assumed" in f["detail"] for f in found if f["subject"].startswith("model "))
