@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Usage: scripts/test.sh
-# pytest and bats, both on one embedded bucket. Logs: build/test/.
+# pytest and bats side by side, both on one embedded bucket. Logs: build/test/.
 # Standard output: the runners' own, then a plain `N passed, N failed` line. Exit codes: 0 all passed, 1 not.
 set -Eeuo pipefail
 shopt -s inherit_errexit
+
+suite=''
 
 count() { { grep -oE "[0-9]+ $1" "$2" || true; } | tail -n 1 | cut -d ' ' -f 1; }
 
@@ -13,8 +15,15 @@ main() {
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$PWD/scripts/test.sh"; fi
   export OMP_NUM_THREADS=1
   local rc=0 passed failed ok bad started=$SECONDS
-  pytest 2>&1 | tee build/test/pytest.log || rc=1
-  bats --tap bats 2>&1 | tee build/test/bats.log || rc=1
+  # Both wait half of their time, for processes that start, end and are killed. bats is told when pytest is done.
+  bats --tap bats >build/test/bats.log 2>&1 </dev/null &
+  suite=$!
+  trap 'kill -TERM "$suite" 2>/dev/null || true' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  pytest -n 2 --dist worksteal 2>&1 | tee build/test/pytest.log || rc=1
+  wait "$suite" || rc=1
+  cat build/test/bats.log
   passed=$(count passed build/test/pytest.log)
   failed=$(count failed build/test/pytest.log)
   ok=$(grep -c '^ok ' build/test/bats.log || true)

@@ -22,7 +22,8 @@ CONFIG = ROOT / "configs/config.local_minitest.yaml"
 
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["wmtp.train", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"])
+    heavy = ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "matplotlib.backends.backend_agg"]
+    context.set_forkserver_preload(["wmtp.train", *heavy])
     return context
 
 
