@@ -652,9 +652,7 @@ def main(argv: list[str] | None = None) -> int:
     findings = unique(findings)
     show(findings, resolved, len(args.recipe) == 1, [n for n in asked if n < 4])
     if child.child:
-        say(
-            f"          meanwhile {', '.join(n for n in TORCH_CHECKS if n in only)}: torch takes 10 s, a recipe 10 more"
-        )
+        say(f"          {', '.join(n for n in TORCH_CHECKS if n in only)}: importing torch takes 10 s")
     findings = unique([*findings, *child.findings()])
     show(findings, resolved, False, [n for n in asked if n > 3])
     unproved = [f for f in findings if f.verdict == NOT]
@@ -678,13 +676,14 @@ def main(argv: list[str] | None = None) -> int:
     receipt = ""
     if args.receipt_dir:
         folder = args.receipt_dir / name if name != args.env else args.receipt_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "preflight.json").write_text(text)
-        receipt = f"; receipt {folder / 'preflight.json'}"
+        runfile.write_whole(folder / "preflight.json", text)
+        receipt = f"receipt {folder / 'preflight.json'}"
     if args.json:
         sys.stdout.write(text)
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (OK, WARN, NOT, FAIL))
-    say(f"dry run   {summary} in {time.monotonic() - began:.1f} s{receipt}")
+    say(f"dry run   {summary} in {time.monotonic() - began:.1f} s")
+    if receipt:
+        say(f"          {receipt}")
     return 2 if counts[FAIL] else 0
 
 

@@ -212,7 +212,7 @@ def check_data(
                 5,
                 NOT,
                 subject,
-                f"{len(texts)} texts, {sum(map(len, texts)) / 1e6:.1f} M characters; tokens: no tokenizer here",
+                f"{len(texts)} texts, {sum(map(len, texts)) / 1e3:.0f} k characters; tokens: no tokenizer here",
             )
             continue
         if not texts:
