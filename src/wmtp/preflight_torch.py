@@ -65,13 +65,16 @@ class Model:
     place: str
     why: str = ""
     """Why there is no source."""
+    proved: bool = False
+    """Its shapes are its own; else they are those of the plan's model of that name."""
 
 
 class Models:
     """Each model that a recipe needs, looked at once for all recipes."""
 
     def __init__(self, offline: bool, into: Path) -> None:
-        self.offline, self.into = offline, into
+        self.into, self.why = into, "--offline" if offline else ""
+        """``why`` the bucket is not asked: once it did not answer, it is not waited for again."""
         self.known: dict[tuple[str, str], tuple[Model, list[Finding]]] = {}
 
     def of(self, config: settings.Config, role: str, uri: str) -> tuple[Model, list[Finding]]:
@@ -89,7 +92,7 @@ class Models:
             return model, [Finding(5, NOT, subject, f"{model.why}; shapes assumed ({model.place})")]
         try:
             remarks = list(headers.check(model.source, role))
-            model.spec = headers.spec_of(model.source)
+            model.spec, model.proved = headers.spec_of(model.source), True
         except ModelError as error:
             return model, [Finding(5, FAIL, subject, error.what, error.next_step, error.rule)]
         except BucketError as error:
@@ -107,17 +110,16 @@ class Models:
             folder = ROOT / "tests" / "test_models" / name  # what the mini-test publishes
         if folder is not None and any(folder.iterdir()):
             return Model(name, Folder(folder), None, f"in {folder}")
-        why = "--offline" if self.offline else ""
-        if not why:
+        assumed = ROOT / "configs" / "shapes" / name
+        spec = headers.read_spec(assumed) if assumed.is_dir() else None
+        if not self.why:
             try:
                 endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
                 client = headers.client_of(endpoint, config.storage.region)
-                return Model(name, Bucket(client, config.storage.bucket, name, self.into / name), None, "in the bucket")
+                return Model(name, Bucket(client, config.storage.bucket, name, self.into / name), spec, "in the bucket")
             except BucketError as error:
-                why = str(error)
-        assumed = ROOT / "configs" / "shapes" / name
-        spec = headers.read_spec(assumed) if assumed.is_dir() else None
-        return Model(name, None, spec, f"configs/shapes/{name}", why)
+                self.why = str(error)
+        return Model(name, None, spec, f"configs/shapes/{name}", self.why)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def check_memory(
     if future is None:
         yield Finding(4, NOT, subject, f"the shapes of {', '.join(unknown)} are not known here")
         return
-    assumed = sorted(m.name for m in models.values() if m.source is None and m.spec is not None)
+    assumed = sorted(m.name for m in models.values() if not m.proved and m.spec is not None)
     peaks = future.result()
     most = max(peaks, key=lambda p: p.bytes)
     resources = config.launcher.resources
