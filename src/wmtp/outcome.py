@@ -24,6 +24,7 @@ from wmtp.model import ModelError
 from wmtp.paths import PathResolver
 from wmtp.tracking import Tracker
 
+SETTLE_S = 20.0  # torchrun gives its workers 30 s
 DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
 
 
@@ -65,6 +66,12 @@ class Progress:
     tracker: Tracker | None = None
     shelves: list[Checkpoints] = field(default_factory=list)
     """Everything that uploads, to be waited for."""
+
+    def settle(self) -> None:
+        """Give a save that was begun the time to become whole, before a run ends that failed for another reason."""
+        for shelf in self.shelves:
+            with contextlib.suppress(Exception):
+                shelf.settle(SETTLE_S)
 
     def close(self) -> None:
         """Wait for every upload. Raises the first failure, when all have ended."""

@@ -334,6 +334,8 @@ def check_memory(
     resources = config.launcher.resources
     gib = resources.gpu_memory_gb or GPU_MEMORY_GIB.get(resources.gpu_type)
     lines = [_phase(peak) for peak in peaks]
+    staged = 3 * memory.whole_bytes(specs["base"])
+    lines.append(f"the node's own memory: {shown(staged)} for a checkpoint that is written while training goes on")
     if assumed:
         lines.append(f"shapes of {', '.join(assumed)} assumed")
     if unknown:

@@ -68,6 +68,7 @@ def pretrain_value_head(
             (error * place.world).backward()
             loss += error.detach()
         clip(head.parameters(), recipe.optim.grad_clip)
+        checkpoints.staged()
         optimizer.step()
         step += 1
         seen = place.total(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause)))]))

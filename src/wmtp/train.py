@@ -375,6 +375,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         rate = learning_rate(step, total, recipe)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
+        checkpoints.staged()
         optimizer.step()
         weighting.remember(seen.excess)
         progress.step = step
@@ -413,7 +414,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             state["mlflow_run_id"], state["weighting"] = tracker.run_id, weighting.state_dict()
             checkpoints.save(step, model, optimizer, state)
             saved = step
-            say(f"save      step {step}: {checkpoints.folder / f'step-{step}'}")
         if seen.stop and step < total:
             raise Stopped(f"after step {step}")
     train_seconds = time.monotonic() - began_steps
@@ -544,8 +544,10 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
     if (rank == 0 or text) and claim(args.exit_file, code, progress) and text:
         print(text, file=sys.stderr, flush=True)
-    if text and progress.tracker:
-        progress.tracker.finish("FAILED")
+    if text:
+        progress.settle()
+        if progress.tracker:
+            progress.tracker.finish("FAILED")
     if dist.is_initialized():
         if text:
             os._exit(code)  # a group whose other ranks are gone can't be closed; torchrun ends them
