@@ -72,18 +72,34 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   [[ $stderr == *' 1 FAIL in '* ]]
 }
 
-@test "test_vessl_config: killed with -9 in the twin, nothing goes on" {
-  local pid i
-  ONLY=twin ALGO=baseline-mtp setsid "$repo/scripts/test_vessl_config.sh" >/dev/null 2>"$BATS_TEST_TMPDIR/err" 3>&- &
+@test "test_vessl_config: killed with -9, early or in the twin, nothing goes on" {
+  local pid i processes
+  for processes in 2 4; do # preflight and its child; two ranks beside them
+    ONLY=twin ALGO=baseline-mtp setsid "$repo/scripts/test_vessl_config.sh" >/dev/null 2>"$BATS_TEST_TMPDIR/err" 3>&- &
+    pid=$!
+    for ((i = 0; i < 900; i++)); do
+      if (($(pgrep -s "$pid" | wc -l) >= processes)); then break; fi
+      sleep 0.1
+    done
+    sleep 1
+    kill -KILL "$pid"
+    for ((i = 0; i < 50; i++)); do
+      [[ -n $(pgrep -s "$pid" || true) ]] || break
+      sleep 0.1
+    done
+    run -1 pgrep -s "$pid"
+  done
+}
+
+@test "test_vessl_config: interrupted, it says so in one line and leaves nothing" {
+  local pid
+  mkdir "$BATS_TEST_TMPDIR/tmp"
+  TMPDIR="$BATS_TEST_TMPDIR/tmp" ONLY=models ALGO=baseline-mtp "$repo/scripts/test_vessl_config.sh" >/dev/null 2>"$BATS_TEST_TMPDIR/err" 3>&- &
   pid=$!
-  for ((i = 0; i < 600; i++)); do
-    if (($(pgrep -s "$pid" | wc -l) >= 4)); then break; fi # preflight, its child, two ranks
-    sleep 0.1
-  done
-  kill -KILL "$pid"
-  for ((i = 0; i < 50; i++)); do
-    [[ -n $(pgrep -s "$pid" || true) ]] || break
-    sleep 0.1
-  done
-  run -1 pgrep -s "$pid"
+  sleep 3
+  kill -TERM "$pid"
+  local rc=0
+  wait "$pid" || rc=$?
+  [[ $rc == 143 && $(<"$BATS_TEST_TMPDIR/err") == *'FAIL  interrupted (SIGTERM)'* && $(<"$BATS_TEST_TMPDIR/err") != *Traceback* ]]
+  [[ -z $(find "$BATS_TEST_TMPDIR/tmp" -name 'wmtp-*') ]]
 }

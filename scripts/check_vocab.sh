@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/settings.bash"
 
 main() {
-  local expected=32000 name uri path listed
+  local expected='' name uri path listed
   local -a SETTINGS=() models=()
   while (($#)); do
     case $1 in
@@ -40,8 +40,8 @@ main() {
     fi
     models+=("$name=$path")
   done <<<"$listed"
-  log vocab "${#models[@]} models, $expected pieces expected"
-  exec python -m wmtp.vocab --expected "$expected" "${models[@]}"
+  log vocab "${#models[@]} models${expected:+, $expected pieces expected}"
+  exec python -m wmtp.vocab ${expected:+--expected "$expected"} "${models[@]}"
 }
 
 [[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

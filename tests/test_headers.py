@@ -86,7 +86,40 @@ def enlarged(folder: Path) -> None:
         changed(folder, file, more)
 
 
+def reheaded(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """The same bytes under a header that says something else of them."""
+
+    def spoil(folder: Path) -> None:
+        data = (folder / SHARD).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change({k: v for k, v in header.items() if k != "__metadata__"})
+        text = json.dumps(header).encode()
+        (folder / SHARD).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return spoil
+
+
+def overlapping(header: dict) -> None:
+    first, second = sorted(header)[:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+
+
+def old_format(folder: Path) -> None:
+    state = {k: v for file in folder.glob("model-*.safetensors") for k, v in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(state, folder / "model.bin", _use_new_zipfile_serialization=False)
+
+
 FAULTS = {
+    "overlapping": (reheaded(overlapping), "its shape wants"),
+    "other dtype in the header": (
+        reheaded(lambda h: h[sorted(h)[0]].__setitem__("dtype", "F16")),
+        "its shape wants",
+    ),
+    "reversed": (reheaded(lambda h: h[sorted(h)[0]]["data_offsets"].reverse()), "its shape wants"),
+    "old format": (old_format, "no zip file"),
     "truncated shard": (truncated, "its header says"),
     "missing shard": (lambda f: (f / SHARD).unlink(), f"{SHARD}: not there"),
     "renamed tensor": (renamed, "unexpected layers.0.odd"),

@@ -87,6 +87,20 @@ def test_what_a_setting_costs_is_seen(heavier: str, kind: str) -> None:
     assert heavy.bytes > light.bytes
 
 
+def test_held_out_rows_of_their_own_size_are_counted() -> None:
+    files = (ROOT / "configs/config.vessl.yaml", ROOT / "configs/recipe.baseline_mtp.yaml")
+    config, _ = settings.load_pair(*files, SMALL, env="production")
+    few, many = (memory.apart(memory.reading_peak, config, SPEC, rows, 256).result() for rows in (2, 32))
+    assert many.parts[ACTIVATIONS] > 4 * few.parts[ACTIVATIONS]
+
+
+def test_a_gpus_optimizer_takes_all_tensors_at_once() -> None:
+    """Its default there; the loop over tensors of a CPU needs no copy of all moments."""
+    base = ["train.accumulation_steps=1", "data.train.max_length=64", "data.train.batch_size=1"]
+    cpu = ["devices.compute_backend=cpu", "devices.distributed.backend=gloo"]
+    assert peak("baseline_mtp", *base).bytes > 1.1 * peak("baseline_mtp", *base, *cpu).bytes
+
+
 def test_one_device_without_sharding() -> None:
     alone = ["devices.distributed.enabled=false", "devices.fsdp.enabled=false", "launcher.resources.gpus=1"]
     alone += ["launcher.preset=gpu-a100-80g-small"]
@@ -101,8 +115,12 @@ def test_the_phases_of_a_run(algo: str) -> None:
     roles = settings.needed_models(config, recipe)
     found = memory.apart(memory.peaks, config, recipe, dict.fromkeys(roles, SPEC)).result()
     scoring = ["scoring"] if algo != "baseline_mtp" else []
-    assert [p.phase for p in found] == [*scoring, "loading", "step", "saving"]
+    assert [p.phase for p in found] == [*scoring, "loading", "step", "held-out reading", "saving"]
     by = {p.phase: p for p in found}
+    largest = memory.largest_tensor(SPEC)
+    assert by["loading"].bytes == by["step"].parts[WEIGHTS] + 2 * largest
+    assert by["saving"].bytes == by["step"].parts[WEIGHTS] + by["step"].parts[ADAM] + largest
+    assert by["held-out reading"].parts[ADAM] == by["step"].parts[ADAM]
     assert by["step"].bytes > by["saving"].bytes > by["loading"].parts[WEIGHTS]
     if scoring:
         assert ADAM not in by["scoring"].parts and by["scoring"].parts[WEIGHTS] > 0

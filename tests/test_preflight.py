@@ -238,3 +238,47 @@ def test_a_registered_name_must_stand_for_a_function() -> None:
 def test_what_was_found_twice_is_said_once() -> None:
     finding = Finding(2, OK, "a", "b")
     assert preflight.unique([finding, finding]) == [finding]
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a b", "7", "latest", ""])
+def test_a_run_name_that_submit_would_refuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv("RUN_NAME", name)
+    arguments = [*CLUSTER, "--recipe", ALL[0], "--receipt-dir", str(tmp_path / "a" / "b" / "build")]
+    code, report, _ = run(capsys, *arguments)
+    if not name:
+        assert code == 0
+        return
+    assert code == 2 and "RUN_NAME" in {f["subject"] for f in report["findings"] if f["verdict"] == FAIL}
+    assert [str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("preflight.json")] == ["a/b/build"]
+
+
+def test_what_submit_would_refuse_is_refused_now(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MAX_HOURS", "abc")
+    assert run(capsys, *CLUSTER, "--recipe", ALL[0])[0] == 2
+    monkeypatch.setenv("MAX_HOURS", "3")
+    assert run(capsys, *CLUSTER, "--recipe", ALL[0])[0] == 0
+    elsewhere = tmp_path / "recipe.yaml"
+    elsewhere.write_text((preflight.ROOT / ALL[0]).read_text())
+    monkeypatch.setenv("RECIPE", str(elsewhere))
+    code, report, _ = run(capsys, *CLUSTER, "--recipe", str(elsewhere))
+    assert code == 2 and any("not in the image" in f["detail"] for f in report["findings"])
+
+
+def test_a_dry_run_without_the_twin_is_no_whole_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWIN", "0")
+    everything = ",".join((*preflight.QUICK_CHECKS, "twin"))
+    monkeypatch.setattr(preflight, "TORCH_CHECKS", ("twin",))
+    _, report, _ = run(capsys, *CLUSTER, "--recipe", ALL[0], "--only", everything)
+    assert report["only"] and "twin" not in report["only"]
+
+
+def test_a_receipt_that_cannot_be_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "build").write_text("a file")
+    code, report, told = run(capsys, *CLUSTER, "--recipe", ALL[0], "--receipt-dir", str(tmp_path / "build"))
+    assert code == 10 and report["counts"][FAIL] == 0 and "next  make it writable" in told

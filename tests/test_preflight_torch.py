@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from wmtp.headers import Folder
 from wmtp.memory import GIB, Peak
 from wmtp.model import ModelSpec, read_spec
 from wmtp.preflight import FAIL, NOT, OK, WARN, Finding
-from wmtp.preflight_torch import Model
+from wmtp.preflight_torch import Model, Models
 
 ROOT = Path(__file__).parents[1]
 VESSL = str(ROOT / "configs/config.vessl.yaml")
@@ -38,19 +40,24 @@ def test_one_vocabulary(tmp_path: Path) -> None:
     base = model_of(tmp_path / "base", TEXTS)
     shutil.copytree(tmp_path / "base", tmp_path / "rm")
     same = Model("rm", Folder(tmp_path / "rm"), base.spec, "here")
-    finding, tokenizer = preflight_torch.check_tokenizers({"base": base, "rm": same}, TEXTS[:3])
+    assert base.spec
+    size = base.spec.vocab_size
+    finding, tokenizer = preflight_torch.check_tokenizers({"base": base, "rm": same}, TEXTS[:3], size)
     assert finding.verdict == OK and "the same ids for 13 texts" in finding.detail and tokenizer
-    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": Model("rm", None, None, "", "no answer")}, [])
+    absent = Model("rm", None, None, "", "no answer")
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": absent}, [], size)
     assert finding.verdict == NOT and "not of rm: no answer" in finding.detail
-    finding, tokenizer = preflight_torch.check_tokenizers({"rm": Model("rm", None, None, "", "no answer")}, [])
+    finding, tokenizer = preflight_torch.check_tokenizers({"rm": absent}, [])
     assert (finding.verdict, tokenizer) == (NOT, None)
+    finding, _ = preflight_torch.check_tokenizers({"base": base}, [])  # the node's own check wants the plan's size
+    assert finding.verdict == FAIL and "expected 32000" in finding.detail
 
 
 def test_another_vocabulary_of_the_same_size(tmp_path: Path) -> None:
     base, other = model_of(tmp_path / "base", TEXTS), model_of(tmp_path / "rm", [t[::-1] for t in TEXTS])
     assert base.spec and other.spec
     size = min(base.spec.vocab_size, other.spec.vocab_size)
-    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, [])
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, [], base.spec.vocab_size)
     assert finding.verdict == FAIL and finding.rule and finding.next
     if base.spec.vocab_size == other.spec.vocab_size == size:
         assert "differ at piece" in finding.detail
@@ -74,7 +81,8 @@ def test_an_added_token_is_explained(tmp_path: Path) -> None:
     pieces = ["<unk>", "<s>", "</s>", "a", "b"]
     base, padded = json_tokenizer(tmp_path / "base", pieces), json_tokenizer(tmp_path / "rm", [*pieces, "<pad>"])
     for models in ({"base": base, "rm": padded}, {"base": padded, "rm": base}):
-        finding, _ = preflight_torch.check_tokenizers(models, [])
+        size = len(pieces) + (models["base"] is padded)
+        finding, _ = preflight_torch.check_tokenizers(models, [], size)
         assert finding.verdict == FAIL
         assert "rm has 1 added at the end ('<pad>'): usually padding" in finding.detail
 
@@ -82,7 +90,7 @@ def test_an_added_token_is_explained(tmp_path: Path) -> None:
 def test_the_same_pieces_with_other_special_tokens(tmp_path: Path) -> None:
     pieces = ["<unk>", "<s>", "</s>", "a", "b"]
     base, other = json_tokenizer(tmp_path / "base", pieces), json_tokenizer(tmp_path / "rm", pieces, unk="b")
-    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, [])
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, [], len(pieces))
     assert finding.verdict == FAIL and "unk_id is 4 in rm, 0 in base" in finding.detail
 
 
@@ -91,7 +99,7 @@ def test_the_same_pieces_that_cut_text_otherwise(tmp_path: Path) -> None:
     base, other = json_tokenizer(tmp_path / "base", pieces), json_tokenizer(tmp_path / "rm", pieces)
     file = tmp_path / "rm" / "tokenizer.json"
     file.write_text(file.read_text().replace('{"type": "Whitespace"}', "null"))
-    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, ["a b"])
+    finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": other}, ["a b"], len(pieces))
     assert finding.verdict == FAIL and "other ids for" in finding.detail
 
 
@@ -103,8 +111,59 @@ def test_a_model_without_tokenizer_or_with_another_size_stated(tmp_path: Path) -
     )
     assert finding.verdict == FAIL and "holds no tokenizer" in finding.detail and finding.next
     padded = model_of(tmp_path / "padded", TEXTS, size=640)
-    finding, _ = preflight_torch.check_tokenizers({"base": padded}, [])
+    finding, _ = preflight_torch.check_tokenizers({"base": padded}, [], 640)
     assert finding.verdict == FAIL and "its vocab_size is 640" in finding.detail
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def test_heads_and_positions_are_what_the_trainer_wants() -> None:
+    _, recipe = pair()
+    fits = Model("m", None, SPEC, "", proved=True)
+    assert list(preflight_torch.check_shapes(recipe, {"base": fits})) == []
+    two = Model("m", None, dataclasses.replace(SPEC, heads=2), "", proved=True)
+    (finding,) = preflight_torch.check_shapes(recipe, {"base": two})
+    assert finding.verdict == FAIL and "model.heads: 4, but m has 2" in finding.detail
+    short = Model("r", None, dataclasses.replace(SPEC, max_positions=1024), "", proved=True)
+    (finding,) = preflight_torch.check_shapes(recipe, {"base": fits, "rm": short})
+    assert finding.verdict == FAIL and "rows of 2048, but r has 1024 positions" in finding.detail
+    assumed = dataclasses.replace(two, proved=False)
+    assert list(preflight_torch.check_shapes(recipe, {"base": assumed})) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "verdict", "told"),
+    [
+        ({"S3_ENDPOINT_URL": "http://127.0.0.1:9"}, NOT, "does not answer"),
+        ({"AWS_PROFILE": "nope"}, FAIL, "nope"),
+        ({"S3_ENDPOINT_URL": "localhost:9000"}, FAIL, "localhost:9000"),
+    ],
+)
+def test_a_bucket_that_says_nothing_and_one_that_says_no(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], verdict: str, told: str
+) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", **variables}.items():
+        monkeypatch.setenv(name, value)
+    config, _ = pair()
+    models = Models(False, tmp_path)
+    _, found = models.of(config, "base", "file:///app/models/llama-7b-mtp")
+    found += [models.no] if models.no else []
+    assert verdict in {f.verdict for f in found} and any(told in f.detail for f in found)
+    assert FAIL not in {f.verdict for f in found} or verdict == FAIL
+
+
+def test_a_folder_here_does_not_prove_the_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WMTP_APP_ROOT", str(tmp_path))
+    twin.write_tokenizer(tmp_path / "t", TEXTS)
+    twin.write_model(tmp_path / "models" / "m", "base", SPEC, tmp_path / "t", 1)
+    config, _ = pair()
+    _, found = Models(True, tmp_path / "into").of(config, "base", "file:///app/models/m")
+    assert [f.verdict for f in found] == [OK, NOT]
+    assert found[1].subject == "model m in the bucket" and found[1].detail == "--offline"
+    local = config.model_copy(update={"launcher": config.launcher.model_copy(update={"target": "local"})})
+    _, found = Models(True, tmp_path / "into").of(local, "base", "file:///app/models/m")
+    assert [f.verdict for f in found] == [OK]
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -116,12 +175,17 @@ def source(folder: Path, texts: list[str]) -> str:
     return f"file://{folder}"
 
 
+def with_data(config: settings.Config, uris: dict[str, str], target: str = "local") -> settings.Config:
+    """The same with other sources, on this machine: the cluster has the image's alone."""
+    paths = config.paths.model_copy(update={"datasets": uris})
+    return config.model_copy(update={"paths": paths, "launcher": config.launcher.model_copy(update={"target": target})})
+
+
 def data_of(tmp_path: Path, train: list[str], held: list[str], verbose: bool = False, *sets: str) -> dict[str, Finding]:
     tokenizer = preflight_torch.load_tokenizer(model_of(tmp_path / "t", TEXTS).source.small())  # type: ignore[union-attr]
     config, recipe = pair(BASELINE, "data.train.max_length=64", *sets)
     uris = {"wmtp_code": source(tmp_path / "train", train), "mbpp_tiny": source(tmp_path / "held", held)}
-    paths = config.paths.model_copy(update={"datasets": uris})
-    config = config.model_copy(update={"paths": paths})
+    config = with_data(config, uris)
     return {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, verbose)}
 
 
@@ -146,7 +210,12 @@ def test_data_of_less_than_a_step_and_of_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "told"),
-    [('{"prompt": 1}', "train/a.jsonl:301"), ('{"prompt"', "train/a.jsonl:301"), ("[]", "train/a.jsonl:301")],
+    [
+        ('{"prompt": 1}', "not a text"),
+        ('{"prompt"', "is not JSON"),
+        ("[]", "not an object"),
+        ('{"prompt": "\\ud83d", "code": "x"}', "lone surrogate"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, told: str) -> None:
     tmp_path = tmp_path / "d"
@@ -155,9 +224,20 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, told: str) -> None:
     uris = {"wmtp_code": source(tmp_path / "train", TEXTS), "mbpp_tiny": source(tmp_path / "held", TEXTS)}
     with (tmp_path / "train" / "a.jsonl").open("a") as file:
         file.write(line + "\n")
-    config = config.model_copy(update={"paths": config.paths.model_copy(update={"datasets": uris})})
+    config = with_data(config, uris)
     found = [f for f in preflight_torch.check_data(config, recipe, None, False) if f.verdict == FAIL]
-    assert len(found) == 1 and told.replace("train/", "wmtp_code/") in found[0].detail and found[0].next
+    assert len(found) == 1 and "wmtp_code/a.jsonl:301" in found[0].detail and told in found[0].detail and found[0].next
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://wmtp/data", "file:///app/datasets/not_here", "file:///app/data/mine", "file:///elsewhere"]
+)
+def test_data_that_the_image_does_not_have(tmp_path: Path, uri: str) -> None:
+    config, recipe = pair()
+    config = with_data(config, {"wmtp_code": uri, "mbpp_tiny": "file:///app/datasets/mbpp_tiny"}, "vessl")
+    found = {f.subject: f for f in preflight_torch.check_data(config, recipe, None, False)}
+    assert found["data wmtp_code"].verdict == FAIL and uri in found["data wmtp_code"].detail
+    assert found["data mbpp_tiny"].verdict == OK
 
 
 def test_a_large_corpus_is_sampled_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +283,18 @@ def test_memory_that_fits_and_that_does_not(monkeypatch: pytest.MonkeyPatch) -> 
     assert over.next == "train.accumulation_steps=1 gives 20.0 GiB" and over.rule
 
 
+def test_a_gpu_that_is_not_known_is_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_torch, "GPU_MEMORY_GIB", {})
+    config, recipe = pair()
+    resources = config.launcher.resources.model_copy(update={"gpu_type": "RTX4090", "gpu_memory_gb": None})
+    config = config.model_copy(update={"launcher": config.launcher.model_copy(update={"resources": resources})})
+    future: Future[list[Peak]] = Future()
+    future.set_result([Peak("step", {"weights": GIB})])
+    models = {"base": Model("m", None, SPEC, "")}
+    (finding,) = preflight_torch.check_memory(config, recipe, models, ({"base": SPEC}, future))
+    assert finding.verdict == NOT and "gpu_memory_gb" in finding.detail
+
+
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seven = read_spec(ROOT / "configs/shapes/llama-7b-mtp")
     config, recipe = pair()
@@ -226,6 +318,27 @@ def test_the_plans_models_have_their_shapes() -> None:
 
 
 # ---- together --------------------------------------------------------------------------------------------------------
+
+
+def test_a_checks_surprise_hides_no_other_check(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def surprised(*_: object) -> None:
+        raise KeyError("tok_embeddings.weight")
+
+    monkeypatch.setattr(preflight_torch, "check_tokenizers", surprised)
+    arguments = ["--config", VESSL, "--env", "production", "--only", "tokenizers,data", "--offline"]
+    preflight_torch.main([*arguments, "--recipe", BASELINE])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(f["subject"], f["verdict"]) for f in found][:2] == [("tokenizers", FAIL), ("data mbpp_tiny", OK)]
+    assert "tok_embeddings.weight" in found[0]["detail"] and found[0]["next"]
+
+
+def test_a_prediction_that_the_twin_contradicts_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for off, verdict in (("-0.1", OK), ("+4.9", OK), ("-5.6", WARN)):
+        monkeypatch.setattr(twin, "lived", lambda *_, off=off: (True, f"live bytes 4 MiB, predicted 4 ({off}%)", 9.0))
+        args = argparse.Namespace(config=VESSL, overrides=[], env="production")
+        assert preflight_torch.twin_finding(args, BASELINE).verdict == verdict
 
 
 def test_one_recipes_surprise_hides_no_other_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

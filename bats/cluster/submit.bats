@@ -164,7 +164,7 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   "$tree/scripts/test_vessl_config.sh" 2>/dev/null
   run -2 --separate-stderr submit
   [[ $stderr == *'the dry run was of'*' alone'* && ! -e $stub/requests.log ]]
-  ONLY='' TWIN=0 "$tree/scripts/test_vessl_config.sh" --offline 2>/dev/null
+  ONLY='' "$tree/scripts/test_vessl_config.sh" --offline 2>/dev/null
   MAX_HOURS=2 run -0 --separate-stderr submit
   [[ $output == 7 && $stderr == *'at most 2 h'* ]]
   SET=seed=7 run -2 --separate-stderr submit

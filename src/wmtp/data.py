@@ -358,6 +358,10 @@ def _field(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:
             if not isinstance(value, str):
                 kind = type(value).__name__
                 raise DataError(_bad_line(place, f"has a {kind} as {key!r}, not a text"))
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise DataError(_bad_line(place, f"has half of a character (a lone surrogate) in {key!r}")) from None
             return value
     raise DataError(_bad_line(place, f"has neither {keys[0]!r} nor {keys[1]!r}"))
 

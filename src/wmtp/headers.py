@@ -134,15 +134,18 @@ def client_of(endpoint: str | None, region: str) -> Any:
     import awscli  # noqa: F401 - it brings botocore, and lets it be imported under its name
     import botocore.session
     from botocore.config import Config as Options
+    from botocore.exceptions import BotoCoreError
 
-    session = botocore.session.get_session()
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    if session.get_credentials() is None:
-        raise BucketError("no credentials of the bucket here: set AWS_ACCESS_KEY_ID, or say --offline")
-    options = Options(
-        connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2}, s3={"addressing_style": "path"}
-    )
-    return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=options)
+    once = {"total_max_attempts": 2}
+    options = Options(connect_timeout=3, read_timeout=5, retries=once, s3={"addressing_style": "path"})
+    try:
+        session = botocore.session.get_session()
+        if session.get_credentials() is None:
+            raise BucketError("no credentials of the bucket here: set AWS_ACCESS_KEY_ID, or say --offline")
+        return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=options)
+    except (BotoCoreError, ValueError) as error:  # a profile, a region, an address that can't be used
+        raise BucketError(" ".join(str(error).split())[:160], refused=True) from None
 
 
 def _asked(call: Any, what: str) -> Any:
@@ -233,6 +236,12 @@ def _safetensors(source: Source, file: str) -> dict[str, Tensor]:
             name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
             for name, entry in header.items()
         }
+        at = 0
+        for name in sorted(header, key=lambda name: tuple(header[name]["data_offsets"])):
+            start, stop = header[name]["data_offsets"]
+            if start != at or stop - start != found[name].nbytes:
+                raise _broken(source, file, f"{name} has bytes {start} to {stop}, its shape wants {found[name].nbytes}")
+            at = stop
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise _broken(source, file, f"its header can't be read: {type(error).__name__} {error}") from None
     if 8 + length + end != size:
@@ -241,6 +250,8 @@ def _safetensors(source: Source, file: str) -> dict[str, Tensor]:
 
 
 def _zipped(source: Source, file: str) -> dict[str, Tensor]:
+    if source.read(file, 0, 4) != b"PK\3\4":
+        raise _broken(source, file, "no zip file: torch's old format can't be mapped; save it anew")
     try:
         with FakeTensorMode():  # torch reads no data then
             content = torch.load(cast(IO[bytes], _Ranged(source, file)), map_location="cpu", weights_only=True)

@@ -267,10 +267,9 @@ def _marked_backward(live: LiveBytes) -> Iterator[None]:
         Tensor.backward = whole  # type: ignore[method-assign]
 
 
-def scorer_peak(config: Config, recipe: Recipe, spec: ModelSpec, reward: bool) -> Peak:
-    """The reference or the reward model reading rows: no gradients, nothing else is on the GPU then."""
-    live, rows = LiveBytes(), recipe.data.train.batch_size
-    length = min(recipe.data.train.max_length, spec.max_positions)
+def reading_peak(config: Config, spec: ModelSpec, rows: int, length: int, reward: bool = False) -> Peak:
+    """A model reading ``rows`` of ``length`` without gradients, as scorers and held-out data are read."""
+    live = LiveBytes()
     with place_of(config) as place:
         mesh = mesh_of(config, place)
         with torch.device("meta"):
@@ -303,15 +302,21 @@ def whole_bytes(spec: ModelSpec) -> int:
 
 def peaks(config: Config, recipe: Recipe, specs: Mapping[str, ModelSpec]) -> list[Peak]:
     """Every phase of the run in its order. ``specs``: the needed models by their role."""
-    step = step_peak(config, recipe, specs["base"])
+    base, train, held = specs["base"], recipe.data.train, recipe.data.eval
+    step = step_peak(config, recipe, base)
     weights, moments = step.parts.get(WEIGHTS, 0), step.parts.get(ADAM, 0)
-    largest = largest_tensor(specs["base"])
+    largest = largest_tensor(base)
     found = []
-    for role in ("rm", "ref"):
-        if role in specs:
-            found.append(scorer_peak(config, recipe, specs[role], role == "rm"))
+    if "rm" in specs:  # the template may say a prompt once more than the row that it came from
+        length = min(2 * train.max_length, specs["rm"].max_positions)
+        found.append(reading_peak(config, specs["rm"], train.batch_size, length, reward=True))
+    if "ref" in specs:
+        found.append(reading_peak(config, specs["ref"], train.batch_size, train.max_length))
     found.append(Peak("loading", {WEIGHTS: weights, "a whole tensor, twice": 2 * largest}))
     found.append(step)
+    if held.sources:
+        reading = reading_peak(config, base, held.batch_size, held.max_length)
+        found.append(Peak("held-out reading", {**reading.parts, ADAM: moments}))
     found.append(Peak("saving", {WEIGHTS: weights, ADAM: moments, "a whole tensor": largest}))
     return found
 

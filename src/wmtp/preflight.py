@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -36,6 +39,7 @@ WORK_FOLDER = "/app"
 IMAGE_FOLDERS = ("models", "datasets", "checkpoints", "mlruns", "logs")
 OK, WARN, FAIL, NOT = "ok", "warn", "FAIL", "not checked"
 HEADINGS = ("configuration", "paths", "registry", "distributed", "pipeline")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 QUICK_CHECKS = ("configuration", "paths", "registry", "devices", "reward")
 TORCH_CHECKS = ("models", "tokenizers", "data", "memory", "twin")
 OF_HEADING = {1: {"configuration"}, 2: {"paths"}, 3: {"registry"}, 4: {"devices", "memory"}}
@@ -73,6 +77,11 @@ class Pair:
     @property
     def algo(self) -> str:
         return str(self.recipe.train.algo)
+
+    def image_file(self, kind: str) -> str | None:
+        """A file that was named by CONFIG or RECIPE, as the image has it. Raises runfile.Refused for another place."""
+        file = self.config_file if kind == "config" else self.recipe_file
+        return runfile.of_image(kind.upper(), str(found_at(file)), bool(os.environ.get(kind.upper())))
 
 
 def file_uris(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -332,6 +341,9 @@ def check_rendered(pair: Pair) -> Finding:
             run_name="dry-run",
             image=digest,
             revision="0000000",
+            config_file=pair.image_file("config"),
+            recipe_file=pair.image_file("recipe"),
+            max_hours=os.environ.get("MAX_HOURS") or None,
             endpoint=runfile.endpoint_of(pair.config, reached_from_here=False),
         )
     except runfile.Refused as refused:
@@ -464,23 +476,26 @@ class TorchChecks:
         wanted = [name for name in TORCH_CHECKS if name in only and not (name == "twin" and self.left_out)]
         if not recipes or not wanted:
             return
-        command = [
-            sys.executable,
-            "-m",
-            "wmtp.preflight_torch",
-            "--config",
-            str(found_at(args.config)),
-            "--env",
-            args.env,
-        ]
+        # It dies with this process, whatever kills that.
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+        command = [*tied, sys.executable, "-m", "wmtp.preflight_torch"]
+        command += ["--config", str(found_at(args.config)), "--env", args.env]
         command += [word for recipe in recipes for word in ("--recipe", str(found_at(recipe)))]
         command += [word for override in args.overrides for word in ("--set", override)]
         command += ["--only", ",".join(wanted)]
         command += [f"--{name}" for name in ("offline", "verbose") if getattr(args, name)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.folder = tempfile.TemporaryDirectory(prefix="wmtp-dryrun-")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": self.folder.name}
         self.child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
+
+    def close(self) -> None:
+        """End the child, if it still lives, and remove what it left."""
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.folder.cleanup()
 
     def findings(self) -> Iterator[Finding]:
         if self.left_out:
@@ -632,8 +647,15 @@ def main(argv: list[str] | None = None) -> int:
     if len(args.recipe) == 1 and pairs:
         digest = settings.digest(pairs[0].config, pairs[0].recipe)
         name = os.environ.get("RUN_NAME") or (f"{args.env}-{pairs[0].algo}-{args.revision[:7]}-{digest}")
+        if not RUN_NAME.fullmatch(name) or name == "latest" or name.isdigit():
+            rule = 'letters, digits, ".", "_" and "-", no number and not "latest": it names folders'
+            findings.append(Finding(1, FAIL, "RUN_NAME", name, "choose another RUN_NAME", rule))
+            name = args.env
     only: set[str] = args.only
     child = TorchChecks(args, [pair.recipe_file for pair in pairs], only)
+    atexit.register(child.close)
+    if child.left_out:
+        only = only - {"twin"}
     algos = ", ".join(p.algo for p in pairs) or "no recipe that loads"
     say(f"dry run   {args.env}, {algos}, revision {args.revision}")
     if pairs and "registry" in only:
@@ -645,7 +667,7 @@ def main(argv: list[str] | None = None) -> int:
             findings += check_distributed(pair)
         if "reward" in only and pair.algo == "critic-wmtp":
             findings.append(check_discount(pair))
-    asked = [n for n, checks in OF_HEADING.items() if checks & only]
+    asked = [n for n, checks in OF_HEADING.items() if checks & args.only]
     for number in asked[1:]:
         if not pairs:
             findings.append(Finding(number, NOT, HEADINGS[number - 1], "nothing loaded"))
@@ -674,12 +696,20 @@ def main(argv: list[str] | None = None) -> int:
     }
     text = json.dumps(report, indent=2, default=str) + "\n"
     receipt = ""
-    if args.receipt_dir:
-        folder = args.receipt_dir / name if name != args.env else args.receipt_dir
-        runfile.write_whole(folder / "preflight.json", text)
-        receipt = f"receipt {folder / 'preflight.json'}"
     if args.json:
         sys.stdout.write(text)
+        sys.stdout.flush()
+    if args.receipt_dir:
+        folder = args.receipt_dir / name if name != args.env else args.receipt_dir
+        try:
+            runfile.write_whole(folder / "preflight.json", text)
+        except OSError as error:
+            say(f"dry run   FAIL  {folder}/preflight.json: {error.strerror}")
+            say("          rule  a stage hands its results on there\n          next  make it writable")
+            return 10
+        receipt = (
+            f"receipt {folder}/\n          preflight.json" if columns() else f"receipt {folder / 'preflight.json'}"
+        )
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (OK, WARN, NOT, FAIL))
     say(f"dry run   {summary} in {time.monotonic() - began:.1f} s")
     if receipt:
@@ -687,5 +717,13 @@ def main(argv: list[str] | None = None) -> int:
     return 2 if counts[FAIL] else 0
 
 
+def ended(number: int, frame: Any) -> None:
+    """A signal ends it in one line; what it began ends with it."""
+    say(f"\ndry run   FAIL  interrupted ({signal.Signals(number).name})")
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ended)
     sys.exit(main())

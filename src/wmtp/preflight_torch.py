@@ -14,10 +14,12 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ from wmtp.paths import PathResolver
 from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here
 from wmtp.runfile import MODEL_GB
 from wmtp.train import die_with_parent, rows_per_step, total_steps
-from wmtp.vocab import VocabError, Vocabulary, compare
+from wmtp.vocab import EXPECTED, VocabError, Vocabulary, compare
 
 AWKWARD = (
     "",
@@ -75,21 +77,22 @@ class Models:
     def __init__(self, offline: bool, into: Path) -> None:
         self.into, self.why = into, "--offline" if offline else ""
         """``why`` the bucket is not asked: once it did not answer, it is not waited for again."""
+        self.no: Finding | None = None
+        """What the bucket refused."""
         self.known: dict[tuple[str, str], tuple[Model, list[Finding]]] = {}
 
     def of(self, config: settings.Config, role: str, uri: str) -> tuple[Model, list[Finding]]:
         key = ("rm" if role == "rm" else "lm", uri)
         if key not in self.known:
-            self.known[key] = self._look(config, role, uri)
+            self.known[key] = self._look(config, uri, role)
         return self.known[key]
 
-    def _look(self, config: settings.Config, role: str, uri: str) -> tuple[Model, list[Finding]]:
+    def _look(self, config: settings.Config, uri: str, role: str) -> tuple[Model, list[Finding]]:
         model = self._find(config, uri)
         subject = f"model {model.name}"
         if model.source is None:
-            if model.spec is None:
-                return model, [Finding(5, NOT, subject, f"{model.why}; its shapes are not known here")]
-            return model, [Finding(5, NOT, subject, f"{model.why}; shapes assumed ({model.place})")]
+            told = f"; shapes assumed ({model.place})" if model.spec else "; its shapes are not known here"
+            return model, [Finding(5, NOT, subject, model.why + told)]
         try:
             remarks = list(headers.check(model.source, role))
             model.spec, model.proved = headers.spec_of(model.source), True
@@ -97,36 +100,66 @@ class Models:
             return model, [Finding(5, FAIL, subject, error.what, error.next_step, error.rule)]
         except BucketError as error:
             model.why = str(error)
-            return model, [Finding(5, NOT, subject, str(error))]
+            return model, [self.refusal(error) or Finding(5, NOT, subject, str(error))]
         read = model.source.bytes_read
         size = sum(model.source.sizes.values())
         detail = f"{'; '.join(remarks)}; {read / 1e3:.0f} kB of {size / 1e6:.0f} MB read, {model.place}"
-        return model, [Finding(5, OK, subject, detail)]
+        found = [Finding(5, OK, subject, detail)]
+        if config.launcher.target != "local" and isinstance(model.source, Folder):
+            found.append(Finding(5, NOT, f"{subject} in the bucket", self.why))
+        return model, found
+
+    def refusal(self, error: BucketError) -> Finding | None:
+        """A bucket that says no; None for one that says nothing, or that this login alone may not read."""
+        if not error.refused:
+            return None
+        following = "mend S3_BUCKET_NAME, S3_ENDPOINT_URL, AWS_*; or say --offline"
+        verdict = WARN if "AccessDenied" in str(error) else FAIL
+        return Finding(5, verdict, "bucket", str(error), following, "the run reads its models there")
 
     def _find(self, config: settings.Config, uri: str) -> Model:
+        """The cluster gets its models from the bucket; a folder here is looked at where that does not answer."""
         name = Path(uri).name
+        shapes = ROOT / "configs" / "shapes" / name
+        spec = headers.read_spec(shapes) if shapes.is_dir() else None
         folder = here(uri)
         if folder is None and (ROOT / "tests" / "test_models" / name).is_dir():
             folder = ROOT / "tests" / "test_models" / name  # what the mini-test publishes
-        if folder is not None and any(folder.iterdir()):
-            return Model(name, Folder(folder), None, f"in {folder}")
-        assumed = ROOT / "configs" / "shapes" / name
-        spec = headers.read_spec(assumed) if assumed.is_dir() else None
+        local = Model(name, Folder(folder), spec, f"in {folder}") if folder and any(folder.iterdir()) else None
+        if local and config.launcher.target == "local":
+            return local
         if not self.why:
             try:
                 endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
                 client = headers.client_of(endpoint, config.storage.region)
                 return Model(name, Bucket(client, config.storage.bucket, name, self.into / name), spec, "in the bucket")
             except BucketError as error:
-                self.why = str(error)
-        return Model(name, None, spec, f"configs/shapes/{name}", self.why)
+                self.why, self.no = str(error), self.refusal(error)
+        return local or Model(name, None, spec, f"configs/shapes/{name}", self.why)
+
+
+def check_shapes(recipe: settings.Recipe, models: dict[str, Model]) -> Iterator[Finding]:
+    """What the trainer would refuse once the models are there."""
+    base = models["base"]
+    if base.proved and base.spec and base.spec.heads != recipe.model.heads:
+        what = f"model.heads: {recipe.model.heads}, but {base.name} has {base.spec.heads}"
+        yield Finding(5, FAIL, "heads", what, f"model.heads: {base.spec.heads}", "heads are what the checkpoint has")
+    longest = max(recipe.data.train.max_length, recipe.data.eval.max_length)
+    for model in models.values():
+        # Meta's files do not say how many positions they were made for.
+        if model.proved and model.spec and model.spec.layout == "hf" and model.spec.max_positions < longest:
+            what = f"rows of {longest}, but {model.name} has {model.spec.max_positions} positions"
+            following = f"data.train.max_length and data.eval.max_length: at most {model.spec.max_positions}"
+            yield Finding(5, FAIL, "positions", what, following, "a row is at most as long as the model's positions")
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def check_tokenizers(models: dict[str, Model], texts: Sequence[str]) -> tuple[Finding, Tokenizer | None]:
-    """One vocabulary in all models of a recipe, and the same ids for the same text."""
+def check_tokenizers(
+    models: dict[str, Model], texts: Sequence[str], expected: int = EXPECTED
+) -> tuple[Finding, Tokenizer | None]:
+    """One vocabulary, of the size that the node wants, in all models of a recipe; the same ids for the same text."""
     found: dict[str, Tokenizer] = {}
     absent: list[Model] = []
     for model in models.values():
@@ -147,7 +180,7 @@ def check_tokenizers(models: dict[str, Model], texts: Sequence[str]) -> tuple[Fi
     sizes = {name: _stated(models, name, tokenizer) for name, tokenizer in found.items()}
     vocabularies = [Vocabulary(name, sizes[name], tokenizer.pieces()) for name, tokenizer in found.items()]
     try:
-        compare(vocabularies, vocabularies[0].size)
+        compare(vocabularies, expected)
     except VocabError as error:
         return Finding(
             5, FAIL, subject, f"{error}{_added(vocabularies)}", "name models of one family in paths.models", rule
@@ -243,6 +276,18 @@ def _source(config: settings.Config, name: str) -> Generator[Finding, None, list
         )
         return None
     folder = here(uri)
+    rule = "the image has the checkout's datasets/, and the trainer reads folders"
+    if config.launcher.target != "local":
+        inside = uri.removeprefix("file:///app/datasets/")
+        folder = ROOT / "datasets" / inside
+        if inside == uri or not folder.is_dir():
+            yield Finding(
+                5, FAIL, subject, f"{uri} is not in the image", f"cp -r … datasets/, file:///app/datasets/{name}", rule
+            )
+            return None
+    elif uri.startswith("s3://"):
+        yield Finding(5, FAIL, subject, f"{uri} is no folder", f"fetch it: file:///app/datasets/{name}", rule)
+        return None
     if folder is None:
         yield Finding(5, NOT, subject, f"{uri} is not on this machine")
         return None
@@ -341,8 +386,10 @@ def check_memory(
     if unknown:
         lines.append(f"without {', '.join(unknown)}: shapes not known here")
     if config.devices.compute_backend == "cpu" or not gib:
-        where = "on the CPU, no GPU to fit in" if gib is None else "the CPU's"
-        yield Finding(4, OK, subject, "\n".join([f"peak {shown(most.bytes)} a rank at {most.phase}; {where}", *lines]))
+        cpu = config.devices.compute_backend == "cpu"
+        where = "on the CPU" if cpu else f"{resources.gpu_type}: name launcher.resources.gpu_memory_gb to compare with"
+        first = f"peak {shown(most.bytes)} a rank at {most.phase}; {where}"
+        yield Finding(4, OK if cpu else NOT, subject, "\n".join([first, *lines]))
         return
     room = int(gib * GIB)
     first = f"peak {shown(most.bytes)} of {gib:g} GiB at {most.phase}"
@@ -353,10 +400,13 @@ def check_memory(
     verdict = FAIL if most.bytes > room else WARN
     left = 1 - most.bytes / room
     first += f": {'does not fit' if verdict == FAIL else f'margin {left:.0%}'}"
-    told = []
+    told, enough = [], False
     if most.phase == "step":
         for what, peak in memory.apart(memory.advice, config, recipe, specs["base"], int(room * (1 - MARGIN))).result():
             told.append(f"{what} gives {shown(peak.bytes)}")
+            enough = peak.bytes <= room * (1 - MARGIN)
+        if told and not enough:
+            told.append("each alone is not enough: together, or more GPUs")
     yield Finding(
         4, verdict, subject, "\n".join([first, *lines]), "; ".join(told) or "more GPUs, or GPUs with more memory", rule
     )
@@ -416,26 +466,51 @@ def shown(size: float) -> str:
 
 
 def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only: set[str]) -> Iterator[Finding]:
+    """Every check of one recipe; a surprise in one hides none of the others."""
     config, recipe = settings.load_pair(args.config, recipe_file, args.overrides, env=args.env)
     needed: dict[str, Model] = {}
-    if only & {"models", "tokenizers", "data", "memory"}:
+
+    def guarded(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+        try:
+            yield from check()
+        except Exception as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            following = f"python -m wmtp.preflight_torch --only {what} --verbose …, which shows where"
+            yield Finding(
+                4 if what == "memory" else 5, FAIL, what, told, following, "a check that can't be done has failed"
+            )
+            if args.verbose:
+                traceback.print_exc()
+
+    def look() -> Iterator[Finding]:
         for role, uri in settings.needed_models(config, recipe).items():
             needed[role], found = models.of(config, role, uri)
-            if "models" in only:
-                yield from found
-    asked = ask_memory(config, recipe, needed) if "memory" in only else None
-    tokenizer = None
-    if only & {"tokenizers", "data"}:
-        finding, tokenizer = check_tokenizers(needed, _first_texts(config, recipe))
+            yield from found
+        if models.no:
+            yield models.no
+        yield from check_shapes(recipe, needed)
+
+    if only & {"models", "tokenizers", "data", "memory"}:
+        seen = list(guarded("models", look))
+        yield from (f for f in seen if "models" in only or f.verdict == FAIL)
+    whole = len(needed) == len(settings.needed_models(config, recipe))
+    asked = ask_memory(config, recipe, needed) if "memory" in only and whole else None
+    tokenizer: list[Tokenizer | None] = [None]
+
+    def tokenizers() -> Iterator[Finding]:
+        finding, tokenizer[0] = check_tokenizers(needed, _first_texts(config, recipe))
         if "tokenizers" in only:
             yield finding
+
+    if only & {"tokenizers", "data"} and whole:
+        yield from guarded("tokenizers", tokenizers)
     if "data" in only:
-        yield from check_data(config, recipe, tokenizer, args.verbose)
+        yield from guarded("data", lambda: check_data(config, recipe, tokenizer[0], args.verbose))
     if "twin" in only:
-        yield twin_finding(args, recipe_file)
+        yield from guarded("twin", lambda: iter([twin_finding(args, recipe_file)]))
     if asked:
-        yield check_disk(config, recipe, needed)
-        yield from check_memory(config, recipe, needed, asked)
+        yield from guarded("memory", lambda: iter([check_disk(config, recipe, needed)]))
+        yield from guarded("memory", lambda: check_memory(config, recipe, needed, asked))
 
 
 def _first_texts(config: settings.Config, recipe: settings.Recipe) -> list[str]:
@@ -452,7 +527,13 @@ def twin_finding(args: argparse.Namespace, recipe_file: str) -> Finding:
     subject = f"twin {Path(recipe_file).stem.removeprefix('recipe.')}"
     ok, detail, seconds = twin.lived(args.config, recipe_file, args.overrides, args.env)
     following = "" if ok else f"the same alone: python -m wmtp.twin --config … --recipe {recipe_file}"
-    return Finding(5, OK if ok else FAIL, subject, f"{detail}, {seconds} s", following)
+    verdict = OK if ok else FAIL
+    off = re.search(r"\(([+-][\d.]+)%\)", detail)
+    if ok and off and abs(float(off[1])) > 5:
+        verdict, following = WARN, "take the memory's figures with this error"
+    return Finding(
+        5, verdict, subject, f"{detail}, {seconds} s", following, "prediction and live bytes agree within 5 %"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

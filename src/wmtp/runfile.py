@@ -181,7 +181,7 @@ def check_receipt(file: Path, env: str, revision: str, digest: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise Refused(f"{file}: not a receipt of a dry run{rule}{following}") from None
     if receipt.get("only"):
-        raise Refused(f"{file.name}: the dry run was of {', '.join(receipt['only'])} alone{rule}{following}")
+        raise Refused(f"{file.name}: the dry run was of {receipt['only']} alone{rule}{following}")
     if failed:
         raise Refused(f"{file.name}: the dry run had {failed} FAIL{rule}{following}")
     for what, mine, its in zip(

@@ -10,6 +10,7 @@ Standard output: one JSON line a recipe (recipe, ok, detail, seconds). Exit code
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -20,7 +21,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 
 from wmtp import config as settings
 from wmtp import train
-from wmtp.data import PROMPT_KEYS, SOLUTION_KEYS
+from wmtp.data import DataError, Record, read_records
 from wmtp.memory import LiveBytes, Peak, apart, step_peak
 from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, export_hf, read_spec
 from wmtp.paths import PathResolver
@@ -58,17 +59,31 @@ def shrunken(spec: ModelSpec, vocab: int) -> ModelSpec:
     )
 
 
-def records(name: str, uri: str) -> list[dict[str, str]]:
-    """The first records of a source as this machine has it, else of none: a few made ones."""
+@contextlib.contextmanager
+def app_root(folder: str | None) -> Iterator[None]:
+    """What /app stands for meanwhile; None: nothing else than itself."""
+    before = os.environ.get("WMTP_APP_ROOT")
+    try:
+        os.environ.pop("WMTP_APP_ROOT", None)
+        if folder is not None:
+            os.environ["WMTP_APP_ROOT"] = folder
+        yield
+    finally:
+        os.environ.pop("WMTP_APP_ROOT", None)
+        if before is not None:
+            os.environ["WMTP_APP_ROOT"] = before
+
+
+def records(name: str, uri: str) -> list[Record]:
+    """The first records of a source as this machine has it, and a few made ones."""
     kind, path = PathResolver().resolve(uri)
-    found: list[dict[str, str]] = []
+    found: list[Record] = []
     for folder in (Path(path), ROOT / "datasets" / Path(path).name) if kind == "file" else ():
-        for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
-            with file.open(encoding="utf-8") as lines:
-                found += [json.loads(line) for _, line in zip(range(RECORDS), lines, strict=False) if line.strip()]
-        if found:
-            return found[:RECORDS]
-    return [{"prompt": f"Add {n} in {name}.", "solution": f"def add(x):\n    return x + {n}\n"} for n in range(RECORDS)]
+        if not found and folder.is_dir():
+            with contextlib.suppress(DataError):  # the dry run's own check of the data tells it
+                found = read_records(folder)[: RECORDS - 4]
+    made = [Record(f"Add {n} in {name}.", f"def add(x):\n    return x + {n}\n") for n in range(RECORDS)]
+    return (found + made)[:RECORDS]
 
 
 def write_tokenizer(folder: Path, texts: list[str]) -> int:
@@ -110,19 +125,25 @@ def write_model(folder: Path, role: str, spec: ModelSpec, tokenizer: Path, seed:
         torch.save(named, folder / "model.bin")
 
 
-def make_world(app: Path, config: settings.Config, recipe: settings.Recipe) -> None:
-    """Under ``app``, which stands for /app: data, tokenizer and the models that the recipe needs."""
+def make_world(app: Path, config: settings.Config, recipe: settings.Recipe, origin: str | None = None) -> None:
+    """Under ``app``, which stands for /app: data, tokenizer and the models that the recipe needs.
+
+    ``origin`` is what /app stands for otherwise: the user's own models and data are there.
+    """
     texts: list[str] = []
     for name, uri in config.paths.datasets.items():
-        some = records(name, uri)
+        with app_root(origin):
+            some = records(name, uri)
         folder = app / "datasets" / name
         folder.mkdir(parents=True)
-        (folder / "some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
-        texts += [r.get(k, "") for r in some for k in (*PROMPT_KEYS, *SOLUTION_KEYS)]
-    vocab = write_tokenizer(app / "tokenizer", [line for text in texts for line in text.splitlines() if line])
+        (folder / "some.jsonl").write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in some))
+        texts += [r.text for r in some]
+    # SentencePiece leaves out lines of more than 4192 bytes.
+    vocab = write_tokenizer(app / "tokenizer", [line[:1000] for text in texts for line in text.splitlines() if line])
     for seed, (role, uri) in enumerate(settings.needed_models(config, recipe).items()):
         try:
-            spec = read_spec(Path(PathResolver().resolve(uri)[1]))
+            with app_root(origin):
+                spec = read_spec(Path(PathResolver().resolve(uri)[1]))
         except ModelError:  # not on this machine: the plan's, or Llama's architecture as all of these
             assumed = ROOT / "configs" / "shapes" / Path(uri).name
             spec = read_spec(assumed if assumed.is_dir() else ROOT / "configs" / "shapes" / "llama-7b-mtp")
@@ -231,12 +252,14 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["wmtp_loss"] for row in map(json.loads, lines)}
 
 
-def live(config_file: str, recipe_file: str, overrides: list[str], env: str, app: Path) -> str:
+def live(
+    config_file: str, recipe_file: str, overrides: list[str], env: str, app: Path, origin: str | None = None
+) -> str:
     """The twin's whole life under ``app``; what it showed. Raises TwinError."""
     config, recipe = settings.load_pair(config_file, recipe_file, overrides, env=env)
     import_early()
     ranks = 2 if config.devices.distributed.enabled and config.launcher.resources.gpus > 1 else 1
-    make_world(app, config, recipe)
+    make_world(app, config, recipe, origin)
     argv = ["--config", config_file, "--recipe", recipe_file, "--run-name", "twin", "--env", "test"]
     argv += [word for o in overrides for word in ("--set", o)] + arguments(app, config, recipe, ranks)
     folder, log = app / "checkpoints" / "twin", app / "log"
@@ -275,18 +298,12 @@ def predict(argv: list[str], app: Path) -> Future[Peak]:
 
 def lived(config_file: str, recipe_file: str, overrides: list[str], env: str) -> tuple[bool, str, float]:
     """Whether the twin of a recipe lives, what it showed, in how many seconds."""
-    began, before = time.monotonic(), os.environ.get("WMTP_APP_ROOT")
-    with tempfile.TemporaryDirectory(prefix="wmtp-twin-") as app:
-        os.environ["WMTP_APP_ROOT"] = app
+    began, origin = time.monotonic(), os.environ.get("WMTP_APP_ROOT")
+    with tempfile.TemporaryDirectory(prefix="wmtp-twin-") as app, app_root(app):
         try:
-            ok, detail = True, live(config_file, recipe_file, overrides, env, Path(app))
+            ok, detail = True, live(config_file, recipe_file, overrides, env, Path(app), origin)
         except (TwinError, settings.ConfigError) as error:
             ok, detail = False, str(error)
-        finally:
-            if before is None:
-                del os.environ["WMTP_APP_ROOT"]
-            else:
-                os.environ["WMTP_APP_ROOT"] = before
     return ok, detail, round(time.monotonic() - began, 1)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+EXPECTED = 32000  # pieces that every model of a run has, unless another number is asked for
 SIZE_FILES = ("config.json", "params.json")
 
 
@@ -88,7 +89,7 @@ def _refuse(what: str, rule: str, then: str, code: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmtp.vocab", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--expected", type=int, default=32000, help="vocab_size that every model has (32000)")
+    parser.add_argument("--expected", type=int, default=EXPECTED, help="vocab_size that every model has (32000)")
     arguments = parser.parse_args(argv)
     try:
         found = []
