@@ -13,7 +13,7 @@ cluster_setup() {
   tree="$BATS_TEST_TMPDIR/a tree"
   stub="$BATS_TEST_TMPDIR/stub"
   mkdir -p "$tree/tests" "$stub"
-  cp -r "$repo"/{scripts,docker,configs,src,requirements,Dockerfile} "$tree/"
+  cp -r "$repo"/{scripts,docker,configs,datasets,src,requirements,Dockerfile} "$tree/"
   cp -r "$repo/tests/configs" "$tree/tests/configs"
   ln -s "$repo/.venv" "$tree/.venv"
   ln -s "$repo/.venv-vessl" "$tree/.venv-vessl"
