@@ -107,8 +107,7 @@ main() {
   watch_signals
   stage models python "$ROOT/tests/test_models/generate.py"
   stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama
-  # The mini-test itself is the twin's elder sister.
-  # What needs torch is about to be done for real.
+  # What needs torch, the twin included, is about to be done for real.
   ONLY=${ONLY:-1,2,3,devices,reward} stage dryrun "$ROOT/scripts/test_vessl_config.sh"
   stage startup "$ROOT/docker/vessl_startup.sh"
   collect

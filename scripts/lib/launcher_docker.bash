@@ -20,11 +20,14 @@ launcher_runs() {
       {print id, $2, status}'
 }
 
+# settings_of FILE: what a container is made of, as a label says it.
+settings_of() { sha256sum <"$1" | cut -c1-16; }
+
 engine_command() {
   local gpus image
   image=$(sed -n 's/^# image //p' "$1") gpus=$(sed -n 's/^# gpus //p' "$1")
   COMMAND=(docker run -d --name "$2" --label wmtp.run=wmtp --network host --shm-size 16g --stop-timeout 600
-    -v wmtp-models-cache:/cache/models --env-file "$1" --label "wmtp.settings=$(sha256sum <"$1" | cut -c1-16)")
+    -v wmtp-models-cache:/cache/models --env-file "$1" --label "wmtp.settings=$(settings_of "$1")")
   if ((gpus)); then COMMAND+=(--gpus all); fi
   COMMAND+=("$image")
 }
@@ -40,7 +43,7 @@ launcher_create() {
   if [[ $there == 'created '* ]]; then docker rm "$2" >/dev/null && there=''; fi
   if [[ -n $there ]]; then
     # The same container again: what it kept on its own disk is still there. Its image and settings are those of its first start.
-    [[ $(docker container inspect --format '{{index .Config.Labels "wmtp.settings"}}' "$2") == "$(sha256sum <"$file" | cut -c1-16)" ]] ||
+    [[ $(docker container inspect --format '{{index .Config.Labels "wmtp.settings"}}' "$2") == "$(settings_of "$file")" ]] ||
       die 2 "$2 is a container of another image or other settings" 'a container goes on as it began' \
         "another RUN_NAME; or, if all of it is in the bucket: docker rm $2, then again"
     SAID=$(docker start "$2" 2>&1) || rc=$?

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -319,8 +318,3 @@ def _check_published(source: Source, manifest: Manifest) -> None:
             "the bucket has every file that the manifest lists",
             "make publish-models FROM=…",
         )
-
-
-def temporary() -> tempfile.TemporaryDirectory[str]:
-    """Where the small files of buckets are kept meanwhile."""
-    return tempfile.TemporaryDirectory(prefix="wmtp-headers-")

@@ -193,7 +193,7 @@ _known: dict[str, Peak] = {}
 
 
 def step_peak(config: Config, recipe: Recipe, spec: ModelSpec) -> Peak:
-    """A training step once Adam's moments exist: forward, backward, clipping, the optimizer."""
+    """A training step once Adam's moments exist: forward, backward, the optimizer."""
     weighting = Weighting(recipe)
     train = recipe.data.train
     sizes = [train.batch_size, train.max_length, min(recipe.train.accumulation_steps, 2), recipe.loss.chunk_positions]
@@ -288,10 +288,10 @@ def reading_peak(config: Config, spec: ModelSpec, rows: int, length: int, reward
     return Peak("scoring", dict(+live.peak))
 
 
-def largest_tensor(spec: ModelSpec, value: bool = False) -> int:
+def largest_tensor(spec: ModelSpec) -> int:
     """Bytes of the largest parameter in float32: what is whole on a GPU while a model is loaded or exported."""
     with torch.device("meta"):
-        return max(p.nbytes for p in MTPModel(spec, value).parameters())
+        return max(p.nbytes for p in MTPModel(spec).parameters())
 
 
 def whole_bytes(spec: ModelSpec) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -275,12 +276,10 @@ def _source(config: settings.Config, name: str) -> Generator[Finding, None, list
             5, FAIL, subject, "is not in paths.datasets", f"paths.datasets.{name}: file://…", "a source is a dataset"
         )
         return None
-    folder = here(uri)
+    folder = _folder_of(config, uri)
     rule = "the image has the checkout's datasets/, and the trainer reads folders"
     if config.launcher.target != "local":
-        inside = uri.removeprefix("file:///app/datasets/")
-        folder = ROOT / "datasets" / inside
-        if inside == uri or not folder.is_dir():
+        if folder is None:
             yield Finding(
                 5, FAIL, subject, f"{uri} is not in the image", f"cp -r … datasets/, file:///app/datasets/{name}", rule
             )
@@ -292,7 +291,7 @@ def _source(config: settings.Config, name: str) -> Generator[Finding, None, list
         yield Finding(5, NOT, subject, f"{uri} is not on this machine")
         return None
     try:
-        records = read_records(folder)
+        texts = _texts(folder)
     except DataError as error:
         what, *rest = str(error).splitlines()
         told = {k.strip(): v for k, _, v in (line.partition(": ") for line in rest)}
@@ -302,9 +301,24 @@ def _source(config: settings.Config, name: str) -> Generator[Finding, None, list
         5,
         OK,
         subject,
-        f"{len(records)} records in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}",
+        f"{len(texts)} records in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}",
     )
-    return [record.text for record in records]
+    return texts
+
+
+def _folder_of(config: settings.Config, uri: str) -> Path | None:
+    """Where the run's own data is on this machine: the image has the checkout's datasets/ alone."""
+    if config.launcher.target == "local":
+        return here(uri)
+    inside = uri.removeprefix("file:///app/datasets/")
+    folder = ROOT / "datasets" / inside
+    return folder if inside != uri and folder.is_dir() else None
+
+
+@functools.cache
+def _texts(folder: Path) -> list[str]:
+    """Read once for all checks and recipes."""
+    return [record.text for record in read_records(folder)]
 
 
 def _counted(
@@ -515,9 +529,9 @@ def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only
 
 def _first_texts(config: settings.Config, recipe: settings.Recipe) -> list[str]:
     for name in recipe.data.train.sources:
-        folder = here(config.paths.datasets.get(name, "file:///nowhere"))
+        folder = _folder_of(config, config.paths.datasets.get(name, "file:///nowhere"))
         try:
-            return [record.text for record in read_records(folder)[:ROWS_COMPARED]] if folder else []
+            return _texts(folder)[:ROWS_COMPARED] if folder else []
         except DataError:
             return []
     return []
