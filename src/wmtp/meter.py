@@ -1,0 +1,54 @@
+"""How much arithmetic a training step is, and how much a card can do: what a share of the peak is reckoned from."""
+
+from __future__ import annotations
+
+import re
+
+from wmtp.model import ModelSpec
+
+
+def flops_per_token(spec: ModelSpec, length: int) -> int:
+    """Floating-point operations of training on one token of a row of ``length``: forward and backward.
+
+    `6 * P + 12 * L * S * D`, as PaLM counts them (Chowdhery et al. 2022, appendix B): 2 for each parameter that
+    multiplies in the forward and 4 in the backward, with ``P`` the matrices of all `L = trunk + heads` layers and the
+    unembedding once per head; attention over the whole row, as if it were not causal. Embedding look-ups, norms, the
+    value head and the optimizer are left out, and so is recomputation: it is no progress.
+    """
+    kv = spec.hidden // spec.n_heads * spec.n_kv_heads
+    layer = 2 * spec.hidden * (spec.hidden + kv) + 3 * spec.hidden * spec.intermediate
+    layers = spec.trunk_layers + spec.heads
+    multiplying = layers * layer + spec.heads * spec.hidden * spec.vocab_size
+    return 6 * multiplying + 12 * layers * length * spec.hidden
+
+
+_BF16_TFLOPS = (
+    # Dense, by the words of the name that CUDA gives; the first line whose words are all there. From NVIDIA's data
+    # sheets, which show most of them with sparsity, at twice these.
+    ("B200", 2250.0),
+    ("GH200", 989.4),
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIE", 756.5),
+    ("H100", 989.4),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("A30", 165.0),
+    ("A40", 149.7),
+    ("A10", 125.0),
+    ("L4", 121.0),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """What a card does at most in a second, dense, of ``precision`` (as `devices.mixed_precision` has it).
+
+    ``device_name`` is `torch.cuda.get_device_name()`. None where it is not known: other cards, slices of one (MIG), and
+    float32, where the peak depends on whether TF32 is allowed.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    if precision != "bf16" or "MIG" in words:
+        return None
+    return next((1e12 * tera for card, tera in _BF16_TFLOPS if words.issuperset(card.split())), None)
