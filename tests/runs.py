@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,7 +34,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _rank(rank: int, world: int, port: int, app: str, run: str, argv: list[str]) -> None:
+def _rank(
+    rank: int, world: int, port: int, app: str, run: str, argv: list[str], plant: Callable[[int], None] | None
+) -> None:
     os.environ |= {"WMTP_APP_ROOT": app, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     if world > 1:
         os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -44,6 +47,8 @@ def _rank(rank: int, world: int, port: int, app: str, run: str, argv: list[str])
     from wmtp.train import main
 
     torch.set_num_threads(1)
+    if plant:
+        plant(rank)
     code = main(argv)
     sys.stderr.flush()
     os._exit(code)  # as a rank ends: without waiting for threads of the libraries
@@ -53,8 +58,17 @@ class Run:
     """``wmtp.train`` on ``world`` ranks under one run name; `log` is rank 0's standard error of all its starts."""
 
     def __init__(
-        self, app: Path, algorithm: str, run: str, *sets: str, world: int = 2, into: str = "checkpoints"
+        self,
+        app: Path,
+        algorithm: str,
+        run: str,
+        *sets: str,
+        world: int = 2,
+        into: str = "checkpoints",
+        arguments: tuple[str, ...] = (),
+        plant: Callable[[int], None] | None = None,
     ) -> None:
+        """``plant`` is called in each rank before it starts: a fault that can't be brought about from outside."""
         self.app, self.run, self.world, self.base = app, run, world, app / into
         self.folder = self.base / run
         name = algorithm.replace("-", "_")
@@ -70,11 +84,13 @@ class Run:
         self.argv = ["--config", str(CONFIG), "--recipe", str(ROOT / f"tests/configs/recipe.{name}.yaml")]
         self.argv += ["--run-name", run, "--env", "minitest", "--exit-file", f"{app}/{run}-exit.json"]
         self.argv += ["--summary", f"{app}/{run}.json", *(a for s in sets for a in ("--set", s))]
+        self.argv += arguments
+        self.plant = plant
         self.ranks: list[BaseProcess] = []
 
     def start(self) -> Run:
         port = free_port()
-        arguments = (self.world, port, str(self.app), self.run, self.argv)
+        arguments = (self.world, port, str(self.app), self.run, self.argv, self.plant)
         self.ranks = [server().Process(target=_rank, args=(rank, *arguments)) for rank in range(self.world)]
         for rank in self.ranks:
             rank.start()

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import plants  # type: ignore[import-not-found]  # beside this file; pytest finds it
 import pytest
-from runs import ROOT, Run  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from runs import ROOT, Run  # type: ignore[import-not-found]
 
 from wmtp.config import load_recipe
 from wmtp.manifest import create
-from wmtp.train import flat, learning_rate
+from wmtp.train import learning_rate
 
 RECIPE = ROOT / "tests/configs/recipe.baseline_mtp.yaml"
 ALGORITHMS = ("baseline-mtp", "rho1-wmtp", "critic-wmtp")
@@ -200,6 +201,65 @@ def test_token_skip_trains_two_passes(app: Path) -> None:
     assert zeros[0] == 0 and zeros[1:] == pytest.approx([0.3, 0.3], abs=0.01)
 
 
+# ---- what goes wrong on the way ----------------------------------------------------------------------------------
+
+
+SHORT = ("train.max_steps=6", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false")
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(app: Path) -> None:
+    plain = Run(app, "rho1-wmtp", "plain", *SHORT).whole()
+    run = Run(app, "rho1-wmtp", "r", *SHORT, plant=plants.not_finite_in_steps_2_and_5).whole()
+    assert "step 2 is left out: " in run.log() and "step 5 is left out: " in run.log()
+    records = run.records()
+    assert [r["not_finite"] for r in records] == [0, 1, 1, 1, 2, 2] and records[1]["grad_norm"] is None
+    # Step 3 stands where step 2 stood: nothing of it was taken in.
+    ours, theirs = run.losses(), plain.losses()
+    assert ours[1] == theirs[1] and ours[2] == theirs[2] and ours[3] != theirs[3]
+    assert not (run.folder / "step-2").exists() and (run.folder / "step-4").exists()
+    assert json.loads((app / "r.json").read_text())["not_finite"] == 2
+
+
+def test_a_run_that_gives_nothing_finite_any_more_ends_and_keeps_its_good_checkpoint(app: Path) -> None:
+    sets = ("train.max_steps=40", "paths.checkpoints.save_interval=1", "paths.checkpoints.keep_last=1")
+    run = Run(app, "baseline-mtp", "r", *sets, "optim.lr=1e30", "optim.warmup_ratio=0").start()
+    assert run.wait() == 20
+    ended = json.loads((app / "r-exit.json").read_text())
+    assert ended["code"] == 20 and "10 steps in a row up to 11 were not finite" in ended["cause"]
+    assert [p.name for p in run.folder.glob("step-*")] == ["step-1"]
+
+
+def test_the_exception_of_another_rank_is_the_cause(app: Path) -> None:
+    run = Run(app, "baseline-mtp", "r", *SHORT, plant=plants.rank_1_raises_in_step_3).start()
+    assert run.wait() == 20
+    ended = json.loads((app / "r-exit.json").read_text())
+    assert ended["cause"] == "rank 1: ArithmeticError: planted in rank 1" and ended["step"] == 2
+    assert "planted in rank 1" in (app / "traceback-rank-1.log").read_text()
+    assert (run.folder / "step-2/.complete").exists()
+
+
+def test_a_rank_that_hangs_ends_the_run_with_a_record_of_all(app: Path) -> None:
+    sets = (*SHORT, "paths.checkpoints.save_interval=6")
+    run = Run(app, "baseline-mtp", "r", *sets, plant=plants.rank_1_hangs_in_step_4).start()
+    assert run.wait() == 20
+    ended = json.loads((app / "r-exit.json").read_text())
+    assert "no sign of life for" in ended["cause"] and "in step 4" in ended["cause"] and ended["code"] == 20
+    where = [(app / f"flight-rank-{rank}.log").read_text() for rank in range(2)]
+    assert "in change" in where[1] and "in change" not in where[0] and "in run" in where[0]
+
+
+def test_a_changed_recipe_is_refused_on_resume_unless_it_is_allowed_by_name(app: Path) -> None:
+    sets = ("train.max_steps=4", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false")
+    Run(app, "baseline-mtp", "r", *sets).whole()
+    longer = ("train.max_steps=6", *sets[1:])
+    refused = Run(app, "baseline-mtp", "r", *longer, "optim.lr=2e-3").start()
+    assert refused.wait() == 2
+    cause = json.loads((app / "r-exit.json").read_text())["cause"]
+    assert "optim.lr: 0.001 -> 0.002" in cause and "train.max_steps: 4 -> 6" in cause and "step 4" in cause
+    allowed = Run(app, "baseline-mtp", "r", *longer, arguments=("--allow", "train.max_steps")).whole()
+    assert len(allowed.losses()) == 6 and "goes on changed, as allowed: train.max_steps: 4 -> 6" in allowed.log()
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +280,3 @@ def test_the_rate_warms_up_and_falls_to_almost_nothing() -> None:
     assert rates[9] == 1 == max(rates)
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
     assert 0 < rates[-1] < 0.01
-
-
-def test_flat_names_nested_keys() -> None:
-    assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 MARKER = ".complete"
 
@@ -165,7 +167,7 @@ class Checkpoints:
         if self.rank == 0:
             (staging / "trainer.json").write_text(trainer)
             self.finish(staging, final)
-            print(f"save      step {step}: {final}", file=sys.stderr, flush=True)
+            tqdm.write(f"save      step {step}: {final}", file=sys.stderr)
             self.upload(final)
 
     def staged(self) -> None:
@@ -205,8 +207,17 @@ class Checkpoints:
         staging.rename(final)
         fsync_folder_entry(self.folder)
 
-    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Fill ``model`` and ``optimizer`` from ``step-N``; returns the ``trainer`` of ``save``. Collective."""
+    def load(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accept: Callable[[int, dict[str, Any]], None] = lambda step, trainer: None,
+    ) -> dict[str, Any]:
+        """Fill ``model`` and ``optimizer`` from ``step-N``; returns the ``trainer`` of ``save``. Collective.
+
+        ``accept`` sees step and trainer before anything is loaded, and raises where it won't have them.
+        """
         folder = self.folder / f"step-{step}"
         for entry in json.loads((folder / MARKER).read_text())["files"]:
             path = folder / entry["path"]
@@ -215,6 +226,8 @@ class Checkpoints:
                     f"{path}: {entry['bytes']} bytes expected; rule: a checkpoint is used whole; "
                     f"next: remove {folder} and start again, the one before it is used"
                 )
+        trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+        accept(step, trainer)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -224,11 +237,19 @@ class Checkpoints:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
         return trainer
 
-    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
-        """Load the newest whole checkpoint, from disk or bucket, into all three; returns its step, or 0. Collective."""
+    def resume(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        accept: Callable[[int, dict[str, Any]], None] = lambda step, trainer: None,
+    ) -> int:
+        """Load the newest whole checkpoint, from disk or bucket, into all three; returns its step, or 0. Collective.
+
+        ``accept`` as in `load`.
+        """
         newest = torch.zeros(2, dtype=torch.int64)
         problem: Exception | None = None
         if self.rank == 0:
@@ -244,7 +265,7 @@ class Checkpoints:
             raise problem or CheckpointError("rank 0 could not read the bucket's checkpoints")
         step = int(newest[0])
         if step:
-            state.update(self.load(step, model, optimizer))
+            state.update(self.load(step, model, optimizer, accept))
             state.pop("step")
             if self.rank == 0:
                 self.upload(self.folder / f"step-{step}")  # a kill may have come before its upload ended
@@ -302,7 +323,7 @@ class Checkpoints:
         """Start bringing ``folder`` to the bucket, marker last, and prune what is older. Rank 0 only."""
         for earlier in self.uploads:
             if earlier.done() and earlier.exception():
-                print(f"save      warn  an upload failed: {earlier.exception()}", file=sys.stderr, flush=True)
+                tqdm.write(f"save      warn  an upload failed: {earlier.exception()}", file=sys.stderr)
         if self.remote:
             self.uploads.append(self.uploader.submit(self._upload, folder))
         else:

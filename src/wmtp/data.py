@@ -269,6 +269,13 @@ class Corpus:
     records: list[Record]
     rows: Rows
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the packed rows."""
+        parts = hashlib.sha256(self.rows.x.numpy().tobytes())
+        parts.update(self.rows.document.numpy().tobytes())
+        return parts.hexdigest()
+
 
 def read_corpus(folders: Sequence[Path], without: Iterable[str], tokenizer: Tokenizer, layout: Layout) -> Corpus:
     """The records of ``folders`` in order, less those whose text is in ``without``, tokenized and packed."""

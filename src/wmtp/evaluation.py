@@ -9,10 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from wmtp.checkpoint import Checkpoints
 from wmtp.config import Recipe
-from wmtp.data import Batches
+from wmtp.data import Batches, Tokenizer
+from wmtp.heatmap import Example, shown_texts, token_weights, write_heatmap
+from wmtp.model import MTPModel
+from wmtp.outcome import say
 from wmtp.ranks import Place
 from wmtp.step import Micro, Weighting, micro_of, value_error
+from wmtp.tracking import Tracker
 
 
 def _held_rows(batches: Batches, recipe: Recipe, place: Place, score_ns: Tensor | None) -> Iterator[Micro]:
@@ -88,3 +93,35 @@ def weigh_documents(
             own = m.document[0] == number
             found.append((m.x[0, own].cpu(), w_bsh[0, own].cpu(), m.mask[0, own].cpu()))
     return found[:most]
+
+
+def show_weights(
+    model: MTPModel,
+    held: Batches,
+    weighting: Weighting,
+    tokenizer: Tokenizer,
+    score_ns: Tensor | None,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+    title: str,
+    place: Place,
+) -> None:
+    """Three held-out documents with the weights of their tokens, as ``weights/`` beside the checkpoints. Collective."""
+    found = weigh_documents(model, held, weighting, place, score_ns, most=3)
+    if place.rank == 0:
+        examples = [
+            Example(
+                f"held-out document {n}: {len(ids)} tokens",
+                shown_texts(ids.tolist(), tokenizer),
+                token_weights(w, mask),
+            )
+            for n, (ids, w, mask) in enumerate(found, 1)
+        ]
+        staging, final = checkpoints.folder / ".step-weights", checkpoints.folder / "weights"
+        staging.mkdir(exist_ok=True)
+        write_heatmap(staging / "weights", examples, f"Token weights: {title}")
+        checkpoints.finish(staging, final)
+        checkpoints.upload(final)
+        for file in ("weights.html", "weights.png"):
+            tracker.artifact(final / file)
+        say(f"weights   {final / 'weights.html'}, and as a picture: weights.png")

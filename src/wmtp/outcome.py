@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from tqdm import tqdm
+
 from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError
 from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
 from wmtp.paths import PathResolver
 from wmtp.tracking import Tracker
+from wmtp.watch import Watch
 
 SETTLE_S = 20.0  # torchrun gives its workers 30 s
 DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
@@ -39,8 +42,9 @@ class Stopped(Exception):  # no error: everything is saved
 class Stop:
     """Notice to stop: a signal or the end of the hours. It is read between steps, on all ranks together."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
         self.began = time.monotonic()
+        self.watch = watch
         self.max_hours: float | None = None
         self.signal: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -53,8 +57,36 @@ class Stop:
             return "max_hours"
         return self.signal
 
+    def beat(self, where: str) -> None:
+        """A step begins: a sign of life for the watch; ``where`` reads "in step 7"."""
+        if self.watch:
+            self.watch.beat(where)
+
+    def rest(self) -> None:
+        """The steps are over, or something else is done between them that may take its time."""
+        if self.watch:
+            self.watch.rest()
+
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+
+
+class Phases:
+    """Where the seconds go: a line in `phases.jsonl` for each phase, begun and ended in seconds since the epoch."""
+
+    def __init__(self, path: Path | None) -> None:
+        """None: another rank keeps them. The launcher says in WMTP_LAUNCHED when it started this process."""
+        self.path, self.seconds = path, dict[str, float]()
+        self._began = float(os.environ.get("WMTP_LAUNCHED") or time.time())
+        self.done("imports")
+
+    def done(self, name: str) -> None:
+        """What was done since the last call, or since the start, was ``name``."""
+        began, self._began = self._began, time.time()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._began - began
+        if self.path:
+            with contextlib.suppress(OSError), self.path.open("a") as file:  # a record is no reason to end a run
+                file.write(json.dumps({"phase": name, "began": began, "ended": self._began, "by": "train"}) + "\n")
 
 
 @dataclass
@@ -64,6 +96,7 @@ class Progress:
     step: int = 0
     cause: str | None = None
     tracker: Tracker | None = None
+    phases: Phases = field(default_factory=lambda: Phases(None))
     shelves: list[Checkpoints] = field(default_factory=list)
     """Everything that uploads, to be waited for."""
 
@@ -86,9 +119,9 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """One line of the story, from rank 0."""
+    """One line of the story, from rank 0, above the bar where there is one."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)
 
 
 def local_path(uri: str, what: str) -> Path:

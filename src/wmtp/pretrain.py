@@ -21,7 +21,7 @@ from wmtp.data import Batches
 from wmtp.evaluation import held_out_value
 from wmtp.outcome import Stop, Stopped, say
 from wmtp.ranks import Place
-from wmtp.step import clip, last_of, share_of, value_error
+from wmtp.step import Ahead, clip, last_of, share_of, value_error
 
 
 def pretrain_value_head(
@@ -54,8 +54,10 @@ def pretrain_value_head(
         return
     say(f"pretrain  the value head learns the reward: {total} steps, {f'goes on after step {step}' if step else 'new'}")
     early = settings.early_stopping
+    ahead = Ahead(lambda n: share_of(batches, n, recipe.model.heads, recipe.data.train.batch_size, place, score_ns))
     while step < total:
-        share = share_of(batches, step, recipe.model.heads, recipe.data.train.batch_size, place, score_ns)
+        stop.beat(f"in step {step + 1} of stage 1")
+        share = ahead.take(step)
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float32, device=place.device)
         # Reduced with every micro-batch: it is one vector, and FSDP's accumulation in half precision fails on units
@@ -77,6 +79,7 @@ def pretrain_value_head(
         if step % config.log_interval == 0 or step in (1, total):
             say(f"pretrain  step {step}/{total}  value_loss {float(seen[0]):.4f}")
         if early.enabled and held and step % recipe.eval.interval == 0:
+            stop.rest()
             now = held_out_value(model, held[0], recipe, place, held[1])
             better = state["best"] is None or now < state["best"]
             state["best"] = now if better else state["best"]
@@ -88,9 +91,11 @@ def pretrain_value_head(
         state["ended"] = step == total
         stopping = bool(seen[1])
         if state["ended"] or stopping or step % config.paths.checkpoints.save_interval == 0:
+            stop.rest()
             checkpoints.save(step, head, optimizer, state)
         if stopping:
             raise Stopped(f"after step {step} of stage 1")
+    ahead.close()
     export(head, checkpoints, recipe)
     say(f"pretrain  done: {step} steps, {time.monotonic() - began:.0f} s")
 

@@ -24,6 +24,12 @@ class Place:
         """Around every forward."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.half else contextlib.nullcontext()
 
+    def bring(self, values: Tensor) -> Tensor:
+        """``values`` on this rank's device; to a GPU the copy goes on beside what it computes."""
+        if self.device.type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)
+
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks of a global batch; None where this process is all of them."""

@@ -170,6 +170,7 @@ def run_blocks(
     for turn in range(rounds):
         number = turn * place.world + place.rank
         block = missing[number] if number < len(missing) else None
+        stop.beat(f"while scoring ({what}, block {number})")
         values = compute(block)
         if block:
             kept.put(block, values)

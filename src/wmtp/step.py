@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,8 +68,8 @@ def micro_of(batches: Batches, indices: Tensor, heads: int, place: Place, score_
     """The rows ``indices`` on this rank's device; ``score_ns`` is `[N, S]`, of all rows."""
     x, document, pad = batches.take(indices)
     labels, mask = make_labels(x, heads, document, pad)
-    x, document, pad, labels, mask = (t.to(place.device) for t in (x, document, pad, labels, mask))
-    return Micro(x, document, pad, labels, mask, None if score_ns is None else score_ns[indices].to(place.device))
+    x, document, pad, labels, mask = (place.bring(t) for t in (x, document, pad, labels, mask))
+    return Micro(x, document, pad, labels, mask, None if score_ns is None else place.bring(score_ns[indices]))
 
 
 def share_of(
@@ -80,7 +81,25 @@ def share_of(
     mask = make_labels(x, heads, document, pad)[1]
     takes = indices.chunk(place.world)[place.rank].split(rows)
     micro = [micro_of(batches, take, heads, place, score_ns) for take in takes]
-    return Share(micro, mask.sum().clamp(min=1).to(place.device), int((~pad).sum()))
+    return Share(micro, place.bring(mask.sum().clamp(min=1)), int((~pad).sum()))
+
+
+class Ahead:
+    """Shares by number; while one is worked on, a thread makes the next."""
+
+    def __init__(self, make: Callable[[int], Share]) -> None:
+        self._make = make
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._next: dict[int, Future[Share]] = {}
+
+    def take(self, index: int) -> Share:
+        """Share ``index``, waited for where it is not ready; share ``index + 1`` is begun."""
+        found = self._next.pop(index, None) or self._pool.submit(self._make, index)
+        self._next = {index + 1: self._pool.submit(self._make, index + 1)}
+        return found.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Weighting:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,8 +35,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from wmtp import config as settings
 from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_corpus
-from wmtp.evaluation import held_out_ce, weigh_documents
-from wmtp.heatmap import Example, shown_texts, token_weights, write_heatmap
+from wmtp.evaluation import held_out_ce, show_weights
 from wmtp.model import (
     ModelSpec,
     MTPModel,
@@ -55,6 +54,7 @@ from wmtp.outcome import (
     FAILED,
     RESUME_ME,
     BadInput,
+    Phases,
     Progress,
     Stop,
     Stopped,
@@ -65,12 +65,17 @@ from wmtp.outcome import (
     say,
     write_whole,
 )
+from wmtp.pace import Pace
 from wmtp.paths import PathResolver
 from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
+from wmtp.resume import flat, made_of, refuse_changes
 from wmtp.scoring import load_scores
-from wmtp.step import Weighting, clip_gradients, share_of, train_step
+from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
+from wmtp.watch import Watch
+
+NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
@@ -82,6 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--run-name", help="the same name goes on where it stopped (default: the recipe's)")
     parser.add_argument("--tags", default="", help="for the MLflow run, separated by commas")
+    parser.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ from the checkpoint's")
     parser.add_argument("--env", default=os.environ.get("ENV_MODE"), help="test, minitest or production")
     parser.add_argument("--exit-file", type=Path, help="where code, cause and step are written at the end")
     parser.add_argument("--summary", type=Path, help="where the figures of the run are written at the end")
@@ -269,6 +275,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     """From settings to the last checkpoint. Returns the exit code."""
     config, recipe = settings.load_pair(args.config, args.recipe, args.overrides, env=args.env)
     stop.max_hours = config.launcher.max_hours
+    if stop.watch:
+        stop.watch.patience = max(stop.watch.patience, config.devices.distributed.timeout)
     if args.verbose:
         say(json.dumps(settings.resolved(config, recipe), indent=2))
     base = local_path(config.paths.models.base, "paths.models.base")
@@ -285,6 +293,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         return DONE
 
     place = start_ranks(config, pick_device(config))
+    progress.phases.done("ranks")
     torch.manual_seed(config.seed)
     sharding = config.devices.fsdp.sharding if config.devices.fsdp.enabled and place.world > 1 else "off"
     say(f"train     {name}: {recipe.train.algo}, {place.world} rank(s) on {place.device.type}, fsdp {sharding}")
@@ -309,6 +318,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     weighting = Weighting(recipe)
     tokenizer = load_tokenizer(base)
     sets = load_sets(config, recipe, tokenizer)
+    progress.phases.done("data")
     scores = load_scores(
         config,
         recipe,
@@ -320,6 +330,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stop,
         name,
     )
+    stop.rest()
+    progress.phases.done("scores")
     per_step = rows_per_step(recipe, place.world)
     rows = Batches(sets["train"].rows, per_step, config.seed)
     held = Batches(sets["eval"].rows, recipe.data.eval.batch_size, config.seed) if "eval" in sets else None
@@ -327,8 +339,14 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     # Parameters and Adam's two moments: known now, so not found out at the first save.
     checkpoints.need_room("a checkpoint", 3 * sum(local_bytes(p) for p in model.parameters()))
     optimizer = adamw(model, recipe)
+    made = made_of(config, recipe, rows_per_step=per_step, data=sets["train"].digest)
     state: dict[str, Any] = {"held_out_before": [], "best": None, "waited": 0, "ended": False, "mlflow_run_id": None}
-    step = progress.step = checkpoints.resume(model, optimizer, state)
+    state |= {"made_of": made, "not_finite": 0, "not_finite_in_a_row": 0}
+    step = progress.step = checkpoints.resume(
+        model, optimizer, state, lambda at, found: refuse_changes(found["made_of"], made, args.allow, at)
+    )
+    state["made_of"] = made
+    progress.phases.done("load")
     if step:
         weighting.load_state_dict(state["weighting"])
         if weighting.needs_value and recipe.pretrain.enabled and place.rank == 0:
@@ -339,6 +357,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         scored = (held, scores["eval"]) if held else None
         stage1 = checkpoints_at(f"{name}/pretrain")
         pretrain_value_head(model, rows, scores["train"], scored, config, recipe, stage1, place, stop)
+        stop.rest()
+        progress.phases.done("pretrain")
     total = step if state["ended"] else total_steps(len(rows.rows), per_step, recipe)
     say(
         f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {per_step} a step, {total} steps; "
@@ -360,47 +380,61 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     record = StepRecord(checkpoints.folder / "steps.jsonl", step) if place.rank == 0 else None
-    first, began_steps, tokens_done = step, time.monotonic(), 0
-    early, saved, starved = recipe.train.early_stopping, step or -1, 0
+    first, early, saved, starved = step, recipe.train.early_stopping, step or -1, 0
     figures: dict[str, float] = {}
+
+    def share_at(index: int) -> Share:
+        return share_of(rows, index, recipe.model.heads, recipe.data.train.batch_size, place, scores.get("train"))
+
+    ahead = Ahead(share_at)
+    pace = Pace(spec, recipe.data.train.max_length, config.devices.mixed_precision, place, step, total)
+    progress.phases.done("held out")
     while step < total:
-        tick = time.monotonic()
-        share = share_of(rows, step, recipe.model.heads, recipe.data.train.batch_size, place, scores.get("train"))
+        stop.beat(f"in step {step + 1}")
+        pace.begin()
+        share = ahead.take(step)
+        pace.mark("data")
+        torch.manual_seed(config.seed + step)  # whatever is drawn in a step is a function of the step
         optimizer.zero_grad(set_to_none=True)
         seen = train_step(model, share, weighting, place, stop.cause is not None)
         norm = clip_gradients(model, recipe.optim.grad_clip)
         step += 1
-        if not (math.isfinite(seen.wmtp_loss) and math.isfinite(norm) and math.isfinite(seen.value_loss)):
-            raise RuntimeError(f"step {step}: loss {seen.wmtp_loss}, gradient norm {norm}: not finite")
         rate = learning_rate(step, total, recipe)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
+        pace.mark("model")
         checkpoints.staged()
-        optimizer.step()
-        weighting.remember(seen.excess)
+        pace.mark("save")
+        if all(map(math.isfinite, (seen.wmtp_loss, norm, seen.value_loss))):
+            optimizer.step()
+            weighting.remember(seen.excess)
+            state["not_finite_in_a_row"] = 0
+        else:
+            leave_out(step, state, f"loss {seen.wmtp_loss}, value loss {seen.value_loss}, gradient norm {norm}")
         progress.step = step
-        tokens_done += share.tokens
+        figures = {
+            "wmtp_loss": seen.wmtp_loss,
+            "grad_norm": norm,
+            "lr": recipe.optim.lr * rate,
+            "not_finite": state["not_finite"],
+            **({"value_loss": seen.value_loss} if weighting.needs_value else {}),
+            **weight_statistics(seen.weights),
+            **pace.end(share.tokens),
+        }
+        if step == first + 1:
+            progress.phases.done("first step")
         if record:
-            figures = {
-                "wmtp_loss": seen.wmtp_loss,
-                "grad_norm": norm,
-                "lr": recipe.optim.lr * rate,
-                "tokens_per_second": share.tokens / (time.monotonic() - tick),
-                **({"value_loss": seen.value_loss} if weighting.needs_value else {}),
-                **weight_statistics(seen.weights),
-            }
             record.add(step, figures)
             starved = starved + 1 if figures["w_mean_head_0"] < 0.3 else 0
             if starved == 10:
                 say("weights   warn  head 0 has weighed less than 0.3 for 10 steps: the next token is hardly trained")
-            if step % config.log_interval == 0 or step in (1, total):
+            told = step % config.log_interval == 0 or step in (1, total)
+            pace.show(step, figures, told)
+            if told:
                 tracker.log(step, figures)
-                left = (total - step) * (time.monotonic() - began_steps) / (step - first)
-                say(
-                    f"Step {step}/{total}  wmtp_loss {seen.wmtp_loss:.3f}  {figures['tokens_per_second']:.0f} tok/s"
-                    f"  gradient norm {norm:.2f}  {left:.0f} s left"
-                )
-        if held and step % recipe.eval.interval == 0 and step < total:
+        stopping = seen.stop and step < total
+        if held and step % recipe.eval.interval == 0 and step < total and not stopping:
+            stop.rest()
             now = held_out_ce(model, held, recipe, place)
             tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(now)})
             if early.enabled:
@@ -410,13 +444,19 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
                 if state["waited"] >= early.patience:
                     say(f"train     no lower held-out loss in {early.patience} evaluations: it ends here")
                     total, state["ended"] = step, True
-        if step % config.paths.checkpoints.save_interval == 0 or step == total or seen.stop:
+        # Parameters that give nothing finite may be spoilt: they don't take a good checkpoint's place.
+        due = step % config.paths.checkpoints.save_interval == 0 and not state["not_finite_in_a_row"]
+        if due or step == total or stopping:
+            stop.rest()
             state["mlflow_run_id"], state["weighting"] = tracker.run_id, weighting.state_dict()
             checkpoints.save(step, model, optimizer, state)
             saved = step
-        if seen.stop and step < total:
+        if stopping:
             raise Stopped(f"after step {step}")
-    train_seconds = time.monotonic() - began_steps
+    stop.rest()
+    ahead.close()
+    train_seconds = pace.close()
+    progress.phases.done("train")
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -444,7 +484,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "held_out_ce_after": mean(after),
             "held_out_ce_before_heads": state["held_out_before"],
             "held_out_ce_after_heads": after,
-            "tokens_per_second": tokens_done / train_seconds if tokens_done else None,
+            "tokens_per_second": pace.tokens / train_seconds if pace.tokens else None,
+            "not_finite": state["not_finite"],
+            "seconds": progress.phases.seconds,
             "weights": {name: value for name, value in figures.items() if name.startswith("w_")},
             "mlflow_run_id": tracker.run_id,
             "checkpoint": f"{checkpoints.remote or checkpoints.folder}/step-{saved}",
@@ -453,6 +495,18 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         write_whole(args.summary, json.dumps(summary, indent=2) + "\n")
     say(f"train     done: {step} steps, {time.monotonic() - stop.began:.0f} s")
     return DONE
+
+
+def leave_out(step: int, state: dict[str, Any], why: str) -> None:
+    """Count a step whose figures are not finite, and take nothing from it. Raises RuntimeError after too many in a row.
+
+    All ranks see the same figures, so all leave it out.
+    """
+    state["not_finite"] += 1
+    state["not_finite_in_a_row"] += 1
+    say(f"train     warn  step {step} is left out: {why}: not finite")
+    if state["not_finite_in_a_row"] >= NOT_FINITE_MOST:
+        raise RuntimeError(f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}")
 
 
 def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Path, place: Place) -> None:
@@ -466,38 +520,6 @@ def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Pat
         checkpoints.upload(final)
 
 
-def show_weights(
-    model: MTPModel,
-    held: Batches,
-    weighting: Weighting,
-    tokenizer: Tokenizer,
-    score_ns: Tensor | None,
-    checkpoints: Checkpoints,
-    tracker: Tracker,
-    title: str,
-    place: Place,
-) -> None:
-    """Three held-out documents with the weights of their tokens, as ``weights/`` beside the checkpoints. Collective."""
-    found = weigh_documents(model, held, weighting, place, score_ns, most=3)
-    if place.rank == 0:
-        examples = [
-            Example(
-                f"held-out document {n}: {len(ids)} tokens",
-                shown_texts(ids.tolist(), tokenizer),
-                token_weights(w, mask),
-            )
-            for n, (ids, w, mask) in enumerate(found, 1)
-        ]
-        staging, final = checkpoints.folder / ".step-weights", checkpoints.folder / "weights"
-        staging.mkdir(exist_ok=True)
-        write_heatmap(staging / "weights", examples, f"Token weights: {title}")
-        checkpoints.finish(staging, final)
-        checkpoints.upload(final)
-        for file in ("weights.html", "weights.png"):
-            tracker.artifact(final / file)
-        say(f"weights   {final / 'weights.html'}, and as a picture: weights.png")
-
-
 # ---- small things ------------------------------------------------------------------------------------------------
 
 
@@ -509,20 +531,28 @@ def shown(values: list[float]) -> str:
     return " ".join(f"{v:.3f}" for v in values)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    stop, progress = Stop(), Progress()
     rank = int(os.environ.get("RANK", "0"))
+    beside = args.exit_file.with_name if args.exit_file else None
+    progress = Progress(phases=Phases(beside("phases.jsonl") if beside and rank == 0 else None))
+
+    def hang(what: str) -> None:
+        progress.cause = f"rank {rank}: {what}"
+        print(
+            f"train     FAIL  {progress.cause}\n              rule  a step that doesn't end is ended, with a record\n"
+            f"              next  read {beside('flight-rank-*.log') if beside else 'the record'}: the rank that stands "
+            "elsewhere than the others is the one; start the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        claim(args.exit_file, FAILED, progress)
+        os._exit(FAILED)
+
+    watch = Watch(beside(f"flight-rank-{rank}.log") if beside else None, hang)
+    stop = Stop(watch)
     if args.exit_file and rank == 0:
         args.exit_file.unlink(missing_ok=True)
     text = ""
@@ -544,6 +574,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
     if (rank == 0 or text) and claim(args.exit_file, code, progress) and text:
         print(text, file=sys.stderr, flush=True)
+    watch.close()
     if text:
         progress.settle()
         if progress.tracker:

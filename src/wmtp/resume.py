@@ -1,0 +1,43 @@
+"""What a checkpoint was made of, against what would go on from it: a run does not change under its name unsaid."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from wmtp import config as settings
+from wmtp.outcome import BadInput, say
+
+FREE = ("run.name", "run.tags", "eval.", "pretrain.save_value_head")
+"""Keys of a recipe that no step depends on: names, and how often is looked."""
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def made_of(config: settings.Config, recipe: settings.Recipe, **facts: Any) -> dict[str, Any]:
+    """Everything that the losses depend on, by its key; ``facts`` are those that no file names (digests, counts)."""
+    both = settings.resolved(config, recipe)
+    kept = {key: value for key, value in flat(both["recipe"]).items() if not key.startswith(FREE)}
+    return {**kept, "seed": config.seed, "devices.mixed_precision": config.devices.mixed_precision, **facts}
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], step: int) -> None:
+    """Raise BadInput with every difference that is not allowed by its name; those that are, are told."""
+    absent = "not set"
+    changed = [key for key in sorted({*before, *now}) if before.get(key, absent) != now.get(key, absent)]
+    lines = {key: f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}" for key in changed}
+    if refused := [key for key in changed if key not in allowed]:
+        raise BadInput(
+            f"the checkpoint of step {step} was made otherwise:\n  "
+            + "\n  ".join(lines[key] for key in refused)
+            + "\n; rule: a run goes on as it began, or its losses mean something else; next: set these back, take "
+            f'another run name, or allow each by its name: ALLOW="{" ".join(refused)}" (--allow KEY)'
+        )
+    for line in lines.values():
+        say(f"train     goes on changed, as allowed: {line}")
