@@ -55,7 +55,7 @@ gone() {
 @test "vessl_startup: sync, vocabularies and training in this order, one rank per GPU" {
   run -0 --separate-stderr startup
   run -0 cut -d' ' -f1 "$CALLS"
-  [[ $output == $'sync_models\ncheck_vocab\npython' ]]
+  [[ $output == $'sync_models\ncheck_vocab\npython\nmodels' ]]
   grep -q -- '^sync_models --config configs/config.local_minitest.yaml --recipe tests/configs/recipe.baseline_mtp.yaml$' "$CALLS"
   grep -q -- 'wmtp.launch --standalone --nproc-per-node 2 -m wmtp.train' "$CALLS"
   grep -q -- '--env minitest --run-name minitest-baseline-mtp-abcdef0-[0-9a-f]\{7\} --tags local,minitest,baseline-mtp' "$CALLS"
@@ -65,6 +65,28 @@ gone() {
   RUN_NAME=one run -0 --separate-stderr startup
   [[ $output == "$WMTP_APP_ROOT/logs/one/summary.json" ]]
   [[ $stderr == *'sync ok: '*' s'*'vocabularies ok: '*' s'*'training ok: '*' s'* ]]
+}
+
+@test "vessl_startup: beside a sync that takes its time the trainer gets ready, and waits for the models" {
+  WAIT_sync_models=5 RUN_NAME=one run -0 --separate-stderr startup
+  run -0 cut -d' ' -f1 "$CALLS"
+  [[ $output == $'sync_models\npython\ncheck_vocab\nmodels' ]]
+  run -0 "$REAL_PYTHON" -c 'import json, sys
+for line in open(sys.argv[1]):
+    entry = json.loads(line)
+    print(entry["phase"], round(entry["ended"] - entry["began"]))' "$WMTP_APP_ROOT/logs/one/phases.jsonl"
+  [[ $output == $'sync 5\nvocabularies '[01] ]]
+}
+
+@test "vessl_startup: a stage that fails ends the trainer that waits beside it" {
+  WAIT_sync_models=5 FAIL_sync_models=12 run -12 --separate-stderr startup
+  gone "$(<"$CALLS.waits")"
+  run -1 grep -E 'models are here|check_vocab' "$CALLS"
+}
+
+@test "vessl_startup: ALLOW names what may differ from the checkpoint" {
+  ALLOW='optim.lr train.max_steps' run -0 --separate-stderr startup
+  grep -q -- '--allow=optim.lr --allow=train.max_steps ' "$CALLS"
 }
 
 @test "vessl_startup: production takes the cluster's configuration and the production recipe" {

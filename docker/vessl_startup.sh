@@ -6,7 +6,9 @@
 #   LAUNCHER   local, docker or vessl    CONFIG, RECIPE  other files than those chosen by name    SET  "key=value …"
 #   MAX_HOURS  saves and ends with 75 after so many hours (default: launcher.max_hours)
 #   RUN_NAME   the same name is the same work: it goes on from its newest checkpoint    WMTP_APP_ROOT, S3_*, AWS_*
-# Standard output: the sync's JSON lines, then the path of summary.json (beside it: vocab.json, exit.json).
+#   ALLOW      keys of the recipe in which it may differ from that checkpoint, "key key …"
+# The trainer starts beside a sync that takes longer than a moment, and waits for the models with everything else ready.
+# Standard output: the sync's JSON lines, then the path of summary.json (beside it: vocab.json, exit.json, phases.jsonl).
 # Standard error: the story.
 # Exit codes: the table of the stages: 0 done, 2 bad input, 3 missing, 10-14 models, 20 training failed,
 # 75 stopped with everything saved, 130 and 143 ended by a signal before there was anything to save.
@@ -23,21 +25,29 @@ source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/children.bash"
 # shellcheck source=../scripts/lib/node.bash
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/node.bash"
 
+# phase NAME BEGAN: a line for the record of where the time goes.
+phase() {
+  printf '{"phase": "%s", "began": %s, "ended": %s, "by": "startup"}\n' "$1" "$2" "$(date +%s.%N)" >>"$app/logs/$RUN_NAME/phases.jsonl"
+}
+
 # stage NAME COMMAND…: one step with its seconds; its exit code is the script's.
 stage() {
-  local name=$1 started=$SECONDS rc=0
+  local name=$1 started=$SECONDS rc=0 began
+  began=$(date +%s.%N)
   shift
   ((ended_by == 0)) || leave "$ended_by"
   run_child "$@"
   ((ended_by == 0)) || leave "$ended_by"
   ((rc != 126 && rc != 127)) || leave 3 "$name can't be started: $1"
   ((rc == 0)) || leave "$rc" "$name ended with $rc after $((SECONDS - started)) s"
+  phase "$name" "$began"
   log startup "$name ok: $((SECONDS - started)) s"
 }
 
 # leave CODE [WHAT [RULE]]: the last line says what to do.
 leave() {
   local next
+  if [[ -n ${early:-} ]]; then kill -KILL "$early" 2>/dev/null || true; fi
   if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}" 'a run ends with its hours, saved'; fi
   case $1 in
     2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
@@ -89,17 +99,31 @@ environment() {
   log startup "bucket ${S3_BUCKET_NAME:-wmtp} (${AWS_DEFAULT_REGION:-eu-north-1}${S3_ENDPOINT_URL:+, own endpoint}), credentials: $key; $app, $free GB free"
 }
 
-# train: one rank per GPU under torchrun; alone for test. The code is the trainer's own (exit.json).
-train() {
-  local exit_file=$app/logs/$RUN_NAME/exit.json summary=$app/logs/$RUN_NAME/summary.json started=$SECONDS rc=0
-  local -a command=(python -m wmtp.launch --standalone --nproc-per-node "$ranks" -m wmtp.train)
+# begin_training: one rank per GPU under torchrun, alone for test; `early` is its process. It starts when the models are
+# here, or when they are not after $EARLY seconds: what it does before it needs them is then done beside the sync.
+EARLY=3
+begin_training() {
+  exit_file=$app/logs/$RUN_NAME/exit.json summary=$app/logs/$RUN_NAME/summary.json here=$app/logs/$RUN_NAME/.models
+  local -a command=(python -m wmtp.launch --standalone --nproc-per-node "$ranks" -m wmtp.train) allowed=()
   if [[ $ENV == test ]]; then command=(python -m wmtp.train); fi
-  command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME"
-    --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary")
-  rm -f "$exit_file" "$summary"
+  read -ra allowed <<<"${ALLOW:-}"
+  command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME" "${allowed[@]/#/--allow=}"
+    --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary" --after "$here")
+  rm -f "$exit_file" "$summary" "$here"
+  # shellcheck disable=SC2016
+  "${tied[@]}" bash -c 'until [[ -e $2 ]] || ((SECONDS >= $1)); do sleep 0.1; done
+    shift 2; WMTP_LAUNCHED=$(date +%s.%N) exec "$@"' early "$EARLY" "$here" "${command[@]}" <&0 &
+  early=$!
+}
+
+# train: the code is the trainer's own (exit.json).
+train() {
+  local started=$SECONDS rc=0
   ((ended_by == 0)) || leave "$ended_by"
   if [[ $ENV != test ]]; then reach=ranks; fi
-  run_child "${command[@]}"
+  : >"$here"
+  await_child "$early"
+  early=''
   local code cause='' took=$((SECONDS - started))
   code=$(python -c 'import json, sys; e = json.load(open(sys.argv[1])); print(int(e["code"])); print("step", e["step"], e["cause"] or "")' \
     "$exit_file" 2>/dev/null) || code=
@@ -127,6 +151,7 @@ main() {
   watch_signals
   prepare
   environment
+  begin_training
   if [[ $ENV == test ]]; then log startup 'test: no sync'; else
     stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}"
   fi

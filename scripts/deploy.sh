@@ -4,7 +4,7 @@
 # done is seen as done, and one run comes of it. One deploy of an ENV at a time.
 #   LAUNCHER   vessl (default) or docker       REGISTRY_TOKEN   logs the push in      DRY_RUN=1  tells what it would do, does nothing
 #   POLL_S     seconds between two looks at the run (default 10)     STALL_S  seconds without a new log line (default 1800)
-#   and what its stages read: RUN_NAME RESUME CONFIG RECIPE SET MAX_HOURS BASE_IMAGE IMAGE_PYTHON TORCH_BACKEND
+#   and what its stages read: RUN_NAME RESUME CONFIG RECIPE SET ALLOW MAX_HOURS BASE_IMAGE IMAGE_PYTHON TORCH_BACKEND
 #   PIP_FIND_LINKS REGISTRY_USER VESSL_*
 # Standard output: the run's number. Files: build/ENV/RUN/report.md, run.yaml, run.id.
 # Exit codes: those of its stages; 1 or the run's own code when the run fails before its tenth step.
@@ -26,7 +26,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/children.bash"
 
 STAGES=('dry run' build push submit follow report)
 # What the caller may have set, for the command that goes on.
-ASKED=(LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET MAX_HOURS BASE_IMAGE IMAGE_PYTHON TORCH_BACKEND PIP_FIND_LINKS REGISTRY_USER)
+ASKED=(LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET ALLOW MAX_HOURS BASE_IMAGE IMAGE_PYTHON TORCH_BACKEND PIP_FIND_LINKS REGISTRY_USER)
 rc=0
 took=()
 detail=()

@@ -5,6 +5,7 @@
 #   RUN_NAME    another name is another run        RESUME=1   goes on with a run of that name that has ended
 #   LAUNCHER    vessl (default) or docker          MAX_HOURS  the run saves and ends after so many hours
 #   CONFIG, RECIPE, SET="key=value …"   as everywhere          DRY_RUN=1   prints what it would do
+#   ALLOW="key …"   keys of the recipe in which the run may differ from the checkpoint that it goes on from
 # Standard output: the run's number. Files: build/ENV/RUN/run.yaml, run.id.
 # Exit codes: 0 done, 2 bad input or an ended run, 3 tool or credential, 11 the service does not answer.
 set -Eeuo pipefail

@@ -33,12 +33,17 @@ children_of() {
   done | grep . || true
 }
 
-# run_child COMMAND…: waits for its end, however often a signal interrupts the wait.
+# run_child COMMAND…: starts it and waits for its end.
 run_child() {
-  local again seen waited=0
   # Said by name, standard input stays: bash gives background children /dev/null.
   "${tied[@]}" "$@" <&0 &
-  child=$!
+  await_child "$!"
+}
+
+# await_child PID: waits for its end, however often a signal interrupts the wait.
+await_child() {
+  local again seen waited=0
+  child=$1
   while
     seen=$signals again=0
     wait "$child" || again=$?

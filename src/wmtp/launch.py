@@ -27,6 +27,7 @@ def story(rank: int, exitcode: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     # torchrun says the same at length: one logger reads the environment, the other is torch's own.
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    os.environ["WMTP_LAUNCHER"] = str(os.getpid())  # a rank that finds another parent has outlived its launcher
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -120,6 +120,7 @@ def render(
         "CONFIG": config_file,
         "RECIPE": recipe_file,
         "SET": " ".join(overrides),
+        "ALLOW": os.environ.get("ALLOW"),
         "MAX_HOURS": None if hours is None else f"{hours:.6f}".rstrip("0").rstrip("."),
         "BUCKET": os.environ.get("S3_BUCKET_NAME") or storage.bucket,
         "ENDPOINT": endpoint,

@@ -88,6 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-name", help="the same name goes on where it stopped (default: the recipe's)")
     parser.add_argument("--tags", default="", help="for the MLflow run, separated by commas")
     parser.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ from the checkpoint's")
+    parser.add_argument(
+        "--after", type=Path, metavar="FILE", help="get ready, then wait for this file: models are here"
+    )
     parser.add_argument("--env", default=os.environ.get("ENV_MODE"), help="test, minitest or production")
     parser.add_argument("--exit-file", type=Path, help="where code, cause and step are written at the end")
     parser.add_argument("--summary", type=Path, help="where the figures of the run are written at the end")
@@ -152,6 +155,16 @@ def die_with_parent() -> None:
     """The kernel kills this process when its parent dies, so that kill -9 of that leaves none (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.environ.get("WMTP_LAUNCHER") not in (None, str(os.getppid())):
+        os._exit(RESUME_ME)  # it died while this process imported
+
+
+def wait_for(file: Path, stop: Stop) -> None:
+    """Until ``file`` is there. Raises Stopped on a notice to stop."""
+    while not file.exists():
+        if stop.cause:
+            raise Stopped("before the models came")
+        time.sleep(0.05)
 
 
 def mesh_of(config: settings.Config, place: Place) -> DeviceMesh | None:
@@ -279,6 +292,12 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stop.watch.patience = max(stop.watch.patience, config.devices.distributed.timeout)
     if args.verbose:
         say(json.dumps(settings.resolved(config, recipe), indent=2))
+    place = Place(torch.device("cpu")) if args.dry_run else start_ranks(config, pick_device(config))
+    place.wait()  # the first collective builds what all others use
+    progress.phases.done("ranks")
+    if args.after:
+        wait_for(args.after, stop)
+        progress.phases.done("models")
     base = local_path(config.paths.models.base, "paths.models.base")
     name, spec = args.run_name or recipe.run.name, read_spec(base)
     if spec.heads != recipe.model.heads:
@@ -292,8 +311,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         say(f"train     dry run of {name}: {millions:.1f} M parameters, {recipe.model.heads} heads; nothing started")
         return DONE
 
-    place = start_ranks(config, pick_device(config))
-    progress.phases.done("ranks")
     torch.manual_seed(config.seed)
     sharding = config.devices.fsdp.sharding if config.devices.fsdp.enabled and place.world > 1 else "off"
     say(f"train     {name}: {recipe.train.algo}, {place.world} rank(s) on {place.device.type}, fsdp {sharding}")
