@@ -328,8 +328,11 @@ class _OnePassLoss(torch.autograd.Function):
             h_md = hidden_nhd[part].reshape(-1, dim)
             logits_mv = F.linear(h_md, weight_vd).float()
             target_m1 = y_nh.reshape(-1, 1).clamp(min=0)
-            lse_m1 = torch.logsumexp(logits_mv, dim=-1, keepdim=True)
-            ce = (lse_m1 - logits_mv.gather(1, target_m1)).view(y_nh.shape).masked_fill(~mask_nh, 0)
+            top_m1 = logits_mv.amax(-1, keepdim=True)
+            of_target_m1 = logits_mv.gather(1, target_m1) - top_m1
+            powers_mv = logits_mv.sub_(top_m1).exp_()
+            total_m1 = powers_mv.sum(-1, keepdim=True)
+            ce = (total_m1.log() - of_target_m1).view(y_nh.shape).masked_fill(~mask_nh, 0)
             w = weighing.rule(ce, mask_nh, **{name: value[part] for name, value in aligned.items()})
             with torch.enable_grad():
                 leaf = ce.requires_grad_(learns)
@@ -340,9 +343,8 @@ class _OnePassLoss(torch.autograd.Function):
                 continue
             (d_ce,) = torch.autograd.grad(part_loss, leaf)
             # d ce / d logits = softmax - one-hot, in place of the logits.
-            d_logits = logits_mv.sub_(lse_m1).exp_()
-            d_logits.scatter_add_(1, target_m1, torch.full_like(lse_m1, -1.0))
-            d_logits = d_logits.mul_(d_ce.reshape(-1, 1)).to(hidden_nhd.dtype)
+            d_ce_m1 = d_ce.reshape(-1, 1)
+            d_logits = powers_mv.mul_(d_ce_m1 / total_m1).scatter_add_(1, target_m1, -d_ce_m1).to(hidden_nhd.dtype)
             d_hidden[part] = (d_logits @ weight_vd.to(d_logits.dtype)).view(-1, heads, dim)
             if h_md.dtype == torch.float32:
                 d_weight.addmm_(d_logits.t(), h_md)
