@@ -1,4 +1,4 @@
-"""Interleaved timing: the ways take turns, so that a slow minute of the machine hits all of them."""
+"""Interleaved timing, so that a slow minute of the machine hits all ways; intervals of what was measured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+
+# Two-sided 95 % of Student's t, by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def interleave(ways: Mapping[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:
@@ -29,6 +32,13 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return statistics.median(ratios), medians[50], medians[1949]
+
+
+def interval(values: list[float]) -> str:
+    """Mean of 2 to 10 values with its interval of 95 %."""
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    middle = statistics.mean(values)
+    return f"{middle:+.4f} ({middle - half:+.4f} to {middle + half:+.4f})"
 
 
 def machine() -> str:

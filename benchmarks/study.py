@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from pairs import machine  # noqa: E402
+from pairs import interval, machine  # noqa: E402
 from test_objective import markov_weights  # type: ignore[import-not-found]  # noqa: E402
 
 from wmtp.checkpoint import Checkpoints  # noqa: E402
@@ -55,14 +55,6 @@ RHO1 = {
     "rho1 weighted, lambda 1": ("rho1_wmtp", ["loss.lambda=1.0"]),
     "rho1 token_skip 0.3, lambda 1": ("rho1_wmtp", ["loss.lambda=1.0", "rho1.selection_mode=token_skip"]),
 }
-# Two-sided 95 % of Student's t, by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def interval(values: list[float]) -> str:
-    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    middle = statistics.mean(values)
-    return f"{middle:+.4f} ({middle - half:+.4f} to {middle + half:+.4f})"
 
 
 # ---- (a) noise -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: scripts/bench.sh
-# The loss, the steps of the algorithms and a checkpoint against their peers, about 25 minutes on two idle cores.
+# The loss, the steps of the algorithms, a whole step and a checkpoint against their peers, about 40 minutes on two idle
+# cores. What needs a GPU is benchmarks/gpu.py.
 # Standard output: tables in Markdown. Exit codes: 0 done, 1 it failed, 3 a tool is missing.
 set -Eeuo pipefail
 shopt -s inherit_errexit
@@ -12,7 +13,12 @@ main() {
   need_cmd python
   cd "$ROOT"
   python benchmarks/loss.py && python benchmarks/algorithms.py
-  OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/save.py
+  export OMP_NUM_THREADS=1
+  python benchmarks/train.py
+  local two
+  for two in train save; do
+    python -m torch.distributed.run --standalone --nproc-per-node 2 "benchmarks/$two.py"
+  done
 }
 
 [[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: [SEEDS=6] [STEPS=400] scripts/study.sh
-# Planted truth: does the weight go where it is known to belong, and does it help? Small models, minutes.
+# Planted truth: does the weight go where it is known to belong, and does it help? Then: does each head of each algorithm
+# learn real code, from random weights? Small models, minutes.
 # Standard output: tables in Markdown. Exit codes: 0 done, 1 it failed, 3 a tool is missing.
 set -Eeuo pipefail
 shopt -s inherit_errexit
@@ -11,7 +12,8 @@ main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"
   need_cmd python
   cd "$ROOT"
-  exec python benchmarks/study.py --seeds "${SEEDS:-6}" --steps "${STEPS:-400}"
+  python benchmarks/study.py --seeds "${SEEDS:-6}" --steps "${STEPS:-400}"
+  exec python benchmarks/learning.py
 }
 
 [[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"
