@@ -53,7 +53,7 @@ def stepper(name: str, batches: Batches, rows: int) -> Callable[[], object]:
     model = MTPModel(SPEC, value_head=weighting.needs_value).train()
     optimizer = adamw(model, recipe)
     trunk = [p for n, p in model.named_parameters() if not n.startswith("value_head.")]
-    shape, score = batches.rows.x.shape, None
+    shape, score = batches.rows.shape, None
     if weighting.needs_reference:
         score = 10 * torch.rand(shape)
     elif weighting.needs_value:

@@ -851,7 +851,7 @@ DEFAULTS: dict[str, Any] = {
     "devices.fsdp.sharding": "full_shard",
     "run.name": REQUIRED, "run.tags": [],
     "data.train.sources": REQUIRED, "data.train.max_length": 2048, "data.train.batch_size": 2,
-    "data.train.pack_sequences": True,
+    "data.train.pack_sequences": True, "data.train.allow_evaluation_data": False, "data.eval.share": 0.0,
     "data.eval.sources": [], "data.eval.max_length": 2048, "data.eval.batch_size": 2, "data.eval.pack_sequences": True,
     "model.heads": 4, "model.new_heads": False,
     "train.algo": REQUIRED, "train.full_finetune": True, "train.num_epochs": 3, "train.max_steps": None,

@@ -493,6 +493,8 @@ BOUNDS = {
         "run.tags": (["[]", "[a, b]"], ["a", "[1]", "[null]"]),
         "data.train.max_length": (["8"], ["7"]),
         "data.eval.batch_size": (["1"], ["0"]),
+        "data.eval.share": (["0", "0.5"], ["0.51", "-0.1", "half"]),
+        "data.train.allow_evaluation_data": (["true"], ["yes", "1"]),
         "model.heads": (["1", "8"], ["0", "9"]),
         "train.num_epochs": (["1"], ["0"]),
         "train.max_steps": (["1"], ["0", "null", "1e3"]),
@@ -556,3 +558,10 @@ def test_text_that_can_not_be_printed_is_refused_in_print(monkeypatch: pytest.Mo
     assert found[0].key == "storage.bucket" and "UTF-8" in found[0].what
     for finding in found:
         str(finding).encode()
+
+
+@pytest.mark.parametrize("watcher", ["train.early_stopping.enabled=true", "pretrain.early_stopping.enabled=true"])
+def test_early_stopping_watches_a_share_as_it_does_a_source(watcher: str) -> None:
+    none = ["data.eval.sources=[]", watcher]
+    assert len(findings(load_recipe, CRITIC, none)) == 1
+    load_recipe(CRITIC, [*none, "data.eval.share=0.1"])

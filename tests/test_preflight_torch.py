@@ -200,6 +200,41 @@ def test_data_is_counted(tmp_path: Path) -> None:
     assert "def f" in found["data.train sample"].detail
 
 
+def test_layouts_what_is_passed_over_and_the_split_are_told(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    problem = {"description": "Add.", "solutions": {"language": [2], "solution": ["int main() {}"]}}
+    rows = [problem, *({"prompt": t, "solution": "pass"} for t in TEXTS)]
+    (tmp_path / "train" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = preflight_torch.load_tokenizer(model_of(tmp_path / "t", TEXTS).source.small())  # type: ignore[union-attr]
+    config, recipe = pair(BASELINE, "data.eval.sources=[]", "data.eval.share=0.25")
+    config = with_data(config, {"wmtp_code": f"file://{tmp_path}/train"})
+    found = {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, False)}
+    told = found["data wmtp_code"].detail
+    assert "300 prompt and solution" in told and "1 without a solution in Python, passed over" in told
+    held = int(found["data split"].detail.split(" ")[0])
+    assert 40 < held < 110 and f"{held} documents" in found["data.eval"].detail
+    assert f"{300 - held} documents" in found["data.train"].detail
+    _, recipe = pair(BASELINE, "data.eval.sources=[]", "data.eval.share=1e-9")
+    failed = [f for f in preflight_torch.check_data(config, recipe, tokenizer, False) if f.verdict == FAIL]
+    assert [f.subject for f in failed] == ["data.train"] and "holds out none" in failed[0].detail and failed[0].next
+
+
+def test_human_eval_to_train_on_is_refused_as_the_trainer_does(tmp_path: Path) -> None:
+    uris = {}
+    for name in ("wmtp_code", "mbpp_tiny"):
+        (tmp_path / name).mkdir()
+        task = {"task_id": "HumanEval/0", "prompt": f"def {name}():\n", "canonical_solution": "    pass\n"}
+        (tmp_path / name / "a.jsonl").write_text(json.dumps(task))
+        uris[name] = f"file://{tmp_path / name}"
+    config, recipe = pair(BASELINE)
+    found = [f for f in preflight_torch.check_data(with_data(config, uris), recipe, None, False) if f.verdict == FAIL]
+    assert [f.subject for f in found] == ["data wmtp_code"]
+    assert "data.train.sources: wmtp_code" in found[0].detail and found[0].rule
+    assert "allow_evaluation_data" in found[0].next
+    _, recipe = pair(BASELINE, "data.train.allow_evaluation_data=true")
+    assert all(f.verdict != FAIL for f in preflight_torch.check_data(with_data(config, uris), recipe, None, False))
+
+
 def test_data_of_less_than_a_step_and_of_nothing(tmp_path: Path) -> None:
     found = data_of(tmp_path, TEXTS[:20], TEXTS[:2])
     assert found["data.train"].verdict == WARN and "0." in found["data.train"].detail

@@ -42,8 +42,8 @@ def batches_of() -> tuple[Batches, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     texts = [torch.randint(3, 97, (24,), generator=generator).tolist() for _ in range(8)]
     rows = pack(texts, 24, 2, True)
-    score = torch.zeros(len(rows.x), 24)
-    score[:, -1] = torch.linspace(-1, 1, len(rows.x))
+    score = torch.zeros(rows.shape)
+    score[:, -1] = torch.linspace(-1, 1, len(rows))
     return Batches(rows, 4, seed=3), score
 
 

@@ -52,12 +52,14 @@ def test_what_the_scores_depend_on_is_in_the_name(app: Path) -> None:
         "data.train.pack_sequences=false",
         "data.eval.max_length=64",
         "data.eval.sources=[]",
+        "data.eval.share=0.1",
+        "data.eval.share=0.2",
         "data.train.sources=[wmtp_code, mbpp_tiny]",
         "devices.mixed_precision=bf16",
         "critic.use_pseudo_rewards=true",
     ):
         names.add(name_of("critic_wmtp", change))
-    assert len(names) == 10
+    assert len(names) == 12
     for file in (
         "models/test-rm-llama/weights.bin",
         "models/test-llama-mtp/tokenizer.model",
@@ -67,17 +69,36 @@ def test_what_the_scores_depend_on_is_in_the_name(app: Path) -> None:
         (app / file).write_text(kept[::-1])  # of the same size
         names.add(name_of("critic_wmtp"))
         (app / file).write_text(kept)
-    assert len(names) == 13 and name_of("critic_wmtp") == first
+    assert len(names) == 15 and name_of("critic_wmtp") == first
 
 
 def test_what_they_do_not_depend_on_is_not(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = name_of("critic_wmtp")
     (app / "models/test-llama-mtp/weights.bin").write_text("another base")
-    for change in ("critic.gamma=0.9", "seed=7", "optim.lr=1e-2", "loss.lambda=0.9", "data.train.batch_size=4"):
+    for change in ("critic.gamma=0.9", "seed=7", "optim.lr=1e-2", "loss.lambda=0.9", "data.eval.share=0"):
         assert name_of("critic_wmtp", change) == first, change
     shutil.move(app, app.with_name("elsewhere"))
     monkeypatch.setenv("WMTP_APP_ROOT", str(app.with_name("elsewhere")))
     assert name_of("critic_wmtp") == first
+
+
+def test_a_name_from_before_there_was_a_split_still_holds(app: Path) -> None:
+    """Kept scores are a night's work: what they are named by changes only with what they depend on."""
+    assert name_of("rho1_wmtp") == "reference-dc90bf6be5fb77adad8a6e86eefad98a"
+    assert name_of("critic_wmtp") == "reward-43d8c982d671fa2e1b697c803d7c1ea5"
+
+
+def test_every_file_that_is_read_is_in_the_name(app: Path) -> None:
+    folder = app / "datasets" / "wmtp_code"
+    names = {name_of("critic_wmtp")}
+    (folder / "b.parquet").write_text("more")
+    names.add(name_of("critic_wmtp"))
+    for file in folder.iterdir():
+        file.unlink()
+    for name, text in (("a.py", "pass"), ("b.py", "more"), ("a.py", "other")):
+        (folder / name).write_text(text)
+        names.add(name_of("critic_wmtp"))
+    assert len(names) == 5
 
 
 def test_a_manifest_stands_for_a_model_that_is_not_here(app: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wmtp.checkpoint import MARKER, Checkpoints
-from wmtp.data import Corpus, Record, Rows, pack, tokenize
+from wmtp.data import Corpus, Rows, pack, tokenize
 from wmtp.model import ModelSpec, MTPModel, RewardModel
 from wmtp.outcome import Stopped
 from wmtp.ranks import Place
@@ -20,14 +20,13 @@ from wmtp.scoring import (
     FORWARDS,
     Kept,
     judged_documents,
-    last_tokens,
-    longer_than_one,
     pseudo_rewards,
     rendered,
     score_reference,
     score_rewards,
     zscored,
 )
+from wmtp.sources import Record
 
 CPU = Place(torch.device("cpu"))
 SPEC = ModelSpec("hf", 1, 16, 1, 2, 2, 32, 300, max_positions=40)
@@ -40,6 +39,9 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         return [b + 3 for b in text.encode()]
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
         return bytes(int(i) - 3 for i in ids if i > 2).decode(errors="replace")
@@ -76,7 +78,7 @@ def corpus_of(count: int = 60, longest: int = 50, max_length: int = 24, pack_seq
     sizes = torch.randint(1, longest, (count,), generator=generator).tolist()
     records = [Record(f"p{i}", "s" * size) for i, size in enumerate(sizes)]
     rows = pack(tokenize([r.text for r in records], TOKENIZER), max_length, TOKENIZER.eos_id, pack_sequences)
-    return Corpus(records, rows)
+    return Corpus(lambda: records, rows)
 
 
 def shelf(folder: Path, remote: str | None = None) -> Checkpoints:
@@ -115,17 +117,14 @@ def test_the_reference_speaks_of_each_token_given_its_document_alone(tmp_path: P
     corpus = corpus_of(12)
     found = reference(tmp_path, corpus)["train"]
     model = lively(MTPModel(SPEC))
-    for n, pieces in enumerate(corpus.rows.pieces):
-        at = 0
-        for piece in pieces:
-            x = corpus.rows.x[n, at : at + piece.length]
-            with torch.no_grad():
-                logits = model.lm_head.logits(model.hidden(x[None], torch.zeros_like(x)[None])[0, :, 0])
-            expected = torch.nn.functional.cross_entropy(logits[:-1], x[1:], reduction="none")
-            assert found[n, at] == 0
-            torch.testing.assert_close(found[n, at + 1 : at + piece.length], expected, rtol=1e-4, atol=1e-5)
-            at += piece.length
-    assert (found[corpus.rows.pad] == 0).all()
+    for piece in corpus.rows.pieces():
+        x, told = torch.from_numpy(piece.ids).long(), found[piece.row, piece.at : piece.at + len(piece.ids)]
+        with torch.no_grad():
+            logits = model.lm_head.logits(model.hidden(x[None], torch.zeros_like(x)[None])[0, :, 0])
+        expected = torch.nn.functional.cross_entropy(logits[:-1], x[1:], reduction="none")
+        assert told[0] == 0
+        torch.testing.assert_close(told[1:], expected, rtol=1e-4, atol=1e-5)
+    assert (found[corpus.rows.take(torch.arange(len(corpus.rows)))[2]] == 0).all()
 
 
 @pytest.mark.parametrize("what", [reference, rewards])
@@ -177,7 +176,7 @@ def test_every_block_has_the_same_number_of_forwards(tmp_path: Path) -> None:
 def test_a_reward_is_that_of_the_document_alone_and_lies_at_its_end(tmp_path: Path) -> None:
     corpus = corpus_of(20)
     found = rewards(tmp_path, corpus, template="<s>Q{prompt}A{solution}</s>")["train"]
-    assert torch.equal(found != 0, last_tokens(corpus.rows))
+    assert torch.equal(found != 0, corpus.rows.last_tokens())
     model = lively(RewardModel(SPEC))
     for document in judged_documents(corpus, TOKENIZER, "<s>Q{prompt}A{solution}</s>", SPEC.max_positions):
         x = torch.tensor([document.ids])
@@ -203,7 +202,7 @@ def test_a_template_has_special_tokens_and_what_a_field_brings_is_text(template:
 def test_a_cut_piece_is_a_document_of_its_own() -> None:
     records = [Record("ask", "0123456789" * 3)]
     rows = pack(tokenize([records[0].text], TOKENIZER), 16, 2, True)
-    found = judged_documents(Corpus(records, rows), TOKENIZER, "<s>{prompt}|{solution}", 99)
+    found = judged_documents(Corpus(lambda: records, rows), TOKENIZER, "<s>{prompt}|{solution}", 99)
     shown = [TOKENIZER.decode(d.ids) for d in found]
     assert shown == ["ask|01234567890", "ask|1234567890123456", "ask|789"]
     assert [(d.row, d.last) for d in found] == [(0, 15), (1, 15), (2, 3)]
@@ -214,14 +213,14 @@ def test_a_rendering_beyond_the_positions_keeps_its_beginning_token_and_its_end(
 ) -> None:
     records = [Record("a", "b" * 30), Record("a", "c")]
     rows = pack(tokenize([r.text for r in records], TOKENIZER), 64, 2, True)
-    found = judged_documents(Corpus(records, rows), TOKENIZER, "{text}", 10)
+    found = judged_documents(Corpus(lambda: records, rows), TOKENIZER, "{text}", 10)
     assert len(found[0].ids) == 10 and found[0].ids[0] == 1 and TOKENIZER.decode(found[0].ids) == "b" * 9
     assert "1 of 2 documents are longer than the reward model's 10 positions" in capsys.readouterr().err
 
 
 def test_rewards_are_zscored_over_the_training_set() -> None:
     rows = pack([[1, 5], [1, 5, 6], [1, 7]], 8, 2, True)
-    ends = last_tokens(rows)
+    ends = rows.last_tokens()
     train = torch.zeros(1, 8)
     train[ends] = torch.tensor([1.0, 2.0, 6.0])
     held = torch.zeros(1, 8)
@@ -234,7 +233,7 @@ def test_rewards_are_zscored_over_the_training_set() -> None:
 
 def test_rewards_that_are_all_alike_become_zero_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     rows = pack([[1, 5], [1, 5, 6]], 8, 2, True)
-    same = last_tokens(rows).float() * 0.1
+    same = rows.last_tokens().float() * 0.1
     assert (zscored({"train": same}, {"train": rows})["train"] == 0).all()
     assert "warn" in capsys.readouterr().err
 
@@ -262,7 +261,7 @@ def test_kept_scores_of_other_rows_are_none(tmp_path: Path) -> None:
     corpus = corpus_of(4)
     reference(tmp_path, corpus)
     kept = Kept(shelf(tmp_path), "reference-x")
-    shapes = {"train": tuple(corpus.rows.x.shape), "eval": tuple(corpus_of(3).rows.x.shape)}
+    shapes = {"train": corpus.rows.shape, "eval": corpus_of(3).rows.shape}
     assert kept.load(shapes) is not None
     assert kept.load(shapes | {"eval": (1, 2)}) is None
 
@@ -312,13 +311,13 @@ def test_a_score_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     assert kept.load() is None
     with pytest.raises(RuntimeError, match="not finite"):
         rows = pack([[1, 5], [1, 5, 6]], 8, 2, True)
-        zscored({"train": last_tokens(rows) * math.nan}, {"train": rows})
+        zscored({"train": rows.last_tokens() * math.nan}, {"train": rows})
 
 
 def test_a_pseudo_reward_of_one_token_is_0_and_in_no_mean() -> None:
     rows: Rows = pack([[1, 5, 6], [1], [1, 7]], 8, 2, True)
     ce = torch.tensor([[0.0, 2, 4, 0, 0, 5, 0, 0]])
-    found = zscored({"train": pseudo_rewards(ce, rows)}, {"train": rows}, longer_than_one)["train"]
+    found = zscored({"train": pseudo_rewards(ce, rows)}, {"train": rows}, longer_than=1)["train"]
     assert found.tolist() == [[0, 0, 1, 0, 0, -1, 0, 0]]
 
 

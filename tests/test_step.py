@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,22 +55,18 @@ def rows_of(barren: bool) -> Batches:
     """Uneven packed documents; ``barren``: the rows that a second rank gets have documents of one token, no label."""
     generator = torch.Generator().manual_seed(5)
 
-    def tokens(n: int) -> list[int]:
-        return torch.randint(0, SPEC.vocab_size, (n,), generator=generator).tolist()
+    def laid(groups: list[list[int]]) -> Batches:
+        """Each group of documents in a row of its own."""
+        sizes = [n for group in groups for n in group]
+        ids = torch.randint(0, SPEC.vocab_size, (sum(sizes),), generator=generator).numpy()
+        begin, first = np.cumsum([0, *sizes]), np.cumsum([0, *map(len, groups)])
+        return Batches(Rows(ids, np.arange(len(sizes)), begin, first, LENGTH, 2), ROWS, seed=3)
 
-    packed = [
-        pack([tokens(n) for n in sizes], LENGTH, 2, True)
-        for sizes in ([24], [1, 23], [3, 2, 9], [15], [7, 7, 7], [2, 20], [4, 4, 4, 4, 4, 4], [11])
-    ]
-    rows = Rows(
-        torch.cat([p.x for p in packed]), torch.cat([p.document for p in packed]), torch.cat([p.pad for p in packed])
-    )
-    batches = Batches(rows, ROWS, seed=3)
+    groups = [[24], [1, 23], [3, 2, 9], [15], [7, 7, 7], [2, 20], [4, 4, 4, 4, 4, 4], [11]]
     if barren:
-        second = batches.global_batch(0)[ROWS // 2 :]
-        rows.document[second] = torch.arange(LENGTH)
-        rows.pad[second] = torch.arange(LENGTH) > 5
-    return batches
+        for n in laid(groups).global_batch(0)[ROWS // 2 :].tolist():
+            groups[n] = [1] * 6
+    return laid(groups)
 
 
 def lively_model(recipe: Recipe) -> MTPModel:
@@ -94,10 +91,7 @@ def scores_of(recipe: Recipe, batches: Batches) -> Tensor | None:
     drawn = torch.randn(ROWS, LENGTH, generator=torch.Generator().manual_seed(11))
     if recipe.train.algo == "rho1-wmtp":
         return drawn + 5
-    document = batches.rows.document
-    last = torch.ones_like(document, dtype=torch.bool)
-    last[:, :-1] = document[:, :-1] != document[:, 1:]
-    return drawn * (last & ~batches.rows.pad)
+    return drawn * batches.rows.last_tokens()
 
 
 def step_of(model: Any, algorithm: str, barren: bool, place: Place, rows: int) -> StepResult:

@@ -734,15 +734,27 @@ class Run(Section):
     tags: list[Name] = Field(default_factory=list)
 
 
-class EvalData(Section):
+class SourceData(Section):
     sources: list[Name] = Field(default_factory=list)
     max_length: Annotated[int, Whole(ge=8)] = 2048
     batch_size: Count = 2
     pack_sequences: Yes = True
 
 
-class TrainData(EvalData):
+class TrainData(SourceData):
     sources: list[Name] = Field(min_length=1)
+    # Models are compared by HumanEval: one that was trained on it must not happen by a slip.
+    allow_evaluation_data: Yes = False
+
+
+class EvalData(SourceData):
+    # Of the training sources' documents, chosen by their texts' digests. More than a half would be a slip.
+    share: Annotated[float, Number(ge=0, le=0.5)] = 0.0
+
+    @property
+    def held_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.sources) or self.share > 0
 
 
 class Data(Section):
@@ -1228,10 +1240,10 @@ def _recipe_rules(recipe: Recipe, tree: Tree) -> None:
                 f"{data.max_length} with model.heads {recipe.model.heads}",
                 "a row is longer than the number of heads",
             )
-    if recipe.train.early_stopping.enabled and not recipe.data.eval.sources:
+    if recipe.train.early_stopping.enabled and not recipe.data.eval.held_out:
         tree.add(
             ("train", "early_stopping", "enabled"),
-            "true without data.eval.sources",
+            "true without data.eval.sources and data.eval.share",
             "early stopping watches the held-out cross-entropy",
         )
     fields = re.findall(r"\{(\w*)\}", recipe.critic.reward_template)
@@ -1244,10 +1256,10 @@ def _recipe_rules(recipe: Recipe, tree: Tree) -> None:
         )
     stage1 = recipe.pretrain
     watched = recipe.train.algo == "critic-wmtp" and stage1.enabled and stage1.early_stopping.enabled
-    if watched and not recipe.data.eval.sources:
+    if watched and not recipe.data.eval.held_out:
         tree.add(
             ("pretrain", "early_stopping", "enabled"),
-            "true without data.eval.sources",
+            "true without data.eval.sources and data.eval.share",
             "early stopping watches the held-out value loss",
         )
 

@@ -1,27 +1,52 @@
-"""Texts to rows of tokens: tokenizers, sources, packing, and a sampler without hidden state.
+"""Texts to rows of tokens: tokenizers, tokens that are kept, packing, and a sampler without hidden state.
 
-Shape letters as in `wmtp.objective`: N rows in all, B rows of a batch, S positions of a row.
+Shape letters as in `wmtp.objective`: N rows in all, B rows of a batch, S positions of a row. D documents, P of them
+after those that are longer than a row were cut, T tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
-PROMPT_KEYS = ("prompt", "text")
-SOLUTION_KEYS = ("solution", "code")
+from wmtp import config as settings
+from wmtp.sources import (
+    DataError,
+    Part,
+    Record,
+    described,
+    no_record,
+    parts_of,
+    read_records,
+    records_of,
+    refuse_evaluation,
+)
+
+FORMAT = 1
+"""Of kept tokens; another number when the same file would give other tokens."""
+CHUNK = 4_000_000
+"""Characters that are tokenized together."""
+
+Tell = Callable[[str], None]
 
 
-class DataError(ValueError):
-    """Data or a tokenizer that cannot be used; the message names the place, rule and next step."""
+def _nobody(line: str) -> None:
+    """Where nobody listens."""
 
 
 class Tokenizer(Protocol):
@@ -39,13 +64,16 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without a beginning or end token."""
 
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        """`encode` of each text, by the library's own ``threads``."""
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def pieces(self) -> list[str]:
         """Every piece, in the order of its id."""
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the pieces in order and the special ids, whatever the file format."""
+        """SHA-256 (hex) of the tokenizer's file and the special ids: all that ids of a text depend on."""
 
 
 class SentencePieceTokenizer:
@@ -64,9 +92,13 @@ class SentencePieceTokenizer:
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.unk_id: int = self._processor.unk_id()
+        self._file = proto
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text, add_bos=False, add_eos=False)
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        return self._processor.encode(texts, add_bos=False, add_eos=False, num_threads=threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -75,7 +107,7 @@ class SentencePieceTokenizer:
         return self._processor.id_to_piece(list(range(self.vocab_size)))
 
     def digest(self) -> str:
-        return _pieces_digest(self)
+        return _digest(self._file, self)
 
 
 class TokenizersTokenizer:
@@ -85,7 +117,8 @@ class TokenizersTokenizer:
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self._file = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._file.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception on a bad file
             raise DataError(_unreadable(path, "a tokenizer.json", error)) from error
         self._tokenizer.no_truncation()
@@ -111,6 +144,10 @@ class TokenizersTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # read once, when the library starts its threads
+        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -119,7 +156,7 @@ class TokenizersTokenizer:
         return [by_id.get(i, "") for i in range(max(by_id, default=-1) + 1)]
 
     def digest(self) -> str:
-        return _pieces_digest(self)
+        return _digest(self._file, self)
 
 
 def sentencepiece_tokenizer(folder: Path) -> Tokenizer:
@@ -146,90 +183,219 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-@dataclass(frozen=True)
-class Record:
-    """One entry of a data source."""
-
-    prompt: str
-    solution: str
-
-    @property
-    def text(self) -> str:
-        """What a model is trained on."""
-        return f"{self.prompt}\n{self.solution}"
-
-
-def read_records(folder: Path) -> list[Record]:
-    """Every record of every `*.jsonl` in `folder`, files by name.
-
-    A record is an object with a text under `prompt` or `text`, and under `solution` or `code`.
-    Blank lines are passed over. Raises DataError naming file and line of the first bad one.
-    """
-    folder = Path(folder)
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise DataError(
-            f"{folder}: no *.jsonl file there\n"
-            "  rule: a data source is a folder of JSON Lines files\n"
-            "  next: correct the path in the configuration's paths.datasets, or sync the data"
-        )
-    records: list[Record] = []
-    for file in files:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                records.append(_record_of(line, f"{file}:{number}"))
-    if not records:
-        raise DataError(
-            f"{folder}: its *.jsonl files hold no record\n"
-            "  rule: a data source has at least one record\n"
-            "  next: sync the data again"
-        )
-    return records
-
-
-def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+def tokenize(texts: Iterable[str], tokenizer: Tokenizer, threads: int = 1) -> list[list[int]]:
     """Each text as a document of ids: bos, the text, eos."""
-    return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    return [[bos, *ids, eos] for ids in tokenizer.encode_batch(list(texts), threads)]
+
+
+# ---- tokens, kept by what they are made of ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Documents of ids, one after another."""
+
+    ids: np.ndarray
+    """`[T]` uint16, or int32 for a vocabulary that is larger than that."""
+    lengths: np.ndarray
+    """`[D]` int64."""
+    digests: np.ndarray
+    """`[D]` uint64; see `text_digest`."""
+    counts: Counter[str]
+    """How many records of each layout there were, or were passed over."""
+
+    def only(self, chosen: np.ndarray) -> Tokens:
+        """The documents for which ``chosen`` `[D]` is true."""
+        if chosen.all():
+            return self
+        ids = self.ids[np.repeat(chosen, self.lengths)]
+        return Tokens(ids, self.lengths[chosen], self.digests[chosen], self.counts)
+
+
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    """All documents of at least one ``parts``."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, lengths, digests = ([getattr(part, name) for part in parts] for name in ("ids", "lengths", "digests"))
+    counts = sum((part.counts for part in parts), Counter())
+    return Tokens(np.concatenate(ids), np.concatenate(lengths), np.concatenate(digests), counts)
+
+
+def text_digest(text: str) -> int:
+    """The first 64 bits of a text's SHA-256: its identity, and, over `2**64`, which side of a split it falls on."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def tokens_of(
+    part: Part, tokenizer: Tokenizer, shelf: Path | None = None, threads: int = 1, tell: Tell = _nobody
+) -> Tokens:
+    """The documents of a part, as they are kept in the folder ``shelf``, or made now and kept there.
+
+    The name of what is kept is a digest of the files' content, the tokenizer and `FORMAT`.
+    """
+    made_of = json.dumps([FORMAT, part.digests(), tokenizer.digest()])
+    file = shelf / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.safetensors" if shelf else None
+    if file and file.is_file():
+        try:
+            tokens = _kept(file, made_of, tokenizer)
+            tell(f"data      {part.name}: {described(tokens.counts)}; {len(tokens.ids)} tokens, kept from before")
+            return tokens
+        except (OSError, SafetensorError, ValueError) as error:
+            tell(f"data      warn  {file} can't be used ({error}): tokenized again")
+    began = time.monotonic()
+    tokens = _tokenized(part, tokenizer, threads)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_name(f".{file.stem}.{os.getpid()}")
+        tensors = {"ids": tokens.ids, "lengths": tokens.lengths, "digests": tokens.digests}
+        save_file(tensors, staging, {"made_of": made_of, "counts": json.dumps(tokens.counts)})
+        with staging.open("rb") as handle:
+            os.fsync(handle.fileno())
+        staging.replace(file)
+    seconds = time.monotonic() - began
+    tell(f"data      {part.name}: {described(tokens.counts)}; {len(tokens.ids)} tokens, made in {seconds:.1f} s")
+    return tokens
+
+
+def _kept(file: Path, made_of: str, tokenizer: Tokenizer) -> Tokens:
+    """Raises OSError, SafetensorError or ValueError for what is torn, or is not what its name says."""
+    with safe_open(file, framework="numpy") as found:
+        about = found.metadata() or {}
+        if about.get("made_of") != made_of or {*found.keys()} != {"ids", "lengths", "digests"}:
+            raise ValueError("not made of this file by this tokenizer")
+        ids, lengths, digests = (found.get_tensor(name) for name in ("ids", "lengths", "digests"))
+    whole = lengths.sum() == len(ids) and len(lengths) == len(digests)
+    if not whole or ids.max(initial=0) >= len(tokenizer.pieces()):
+        raise ValueError("its parts do not fit each other")
+    return Tokens(ids, lengths, digests, Counter(json.loads(about["counts"])))
+
+
+def _tokenized(part: Part, tokenizer: Tokenizer, threads: int) -> Tokens:
+    counts: Counter[str] = Counter()
+    kind = np.dtype(np.uint16 if len(tokenizer.pieces()) <= 2**16 else np.int32)
+    ids, lengths, digests = [np.empty(0, kind)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+    for texts in _chunks(record.text for record in records_of(part, counts)):
+        documents = tokenize(texts, tokenizer, threads)
+        lengths.append(np.array([len(document) for document in documents]))
+        ids.append(np.fromiter(chain.from_iterable(documents), kind, lengths[-1].sum()))
+        digests.append(np.array([text_digest(text) for text in texts], np.uint64))
+    return Tokens(np.concatenate(ids), np.concatenate(lengths), np.concatenate(digests), counts)
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about `CHUNK` characters."""
+    some: list[str] = []
+    size = 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= CHUNK:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
-    """Where a packed document comes from: tokens `start` to `start + length` of document `source` of the input."""
+    """A packed document: all of document ``source`` of the input, or, where that was too long, a part of it."""
 
+    row: int
+    at: int
+    """Position of its first token in the row."""
     source: int
-    start: int
-    length: int
+    ids: np.ndarray
     whole: bool
     """Not cut: it is the source document itself."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed tokens; see `pack`."""
+    """Packed tokens; see `pack`. A row is a stretch of the documents: it is laid out when it is taken."""
 
-    x: Tensor
-    """`[N, S]` int64 tokens, `pad_id` on padding."""
-    document: Tensor
-    """`[N, S]` int64, the document's number within its row, -1 on padding."""
-    pad: Tensor
-    """`[N, S]` bool, True on padding."""
-    pieces: tuple[tuple[Piece, ...], ...] = ()
-    """The documents of each row, in the order of their numbers."""
+    ids: np.ndarray
+    """`[T]`, every token of every row, without padding."""
+    source: np.ndarray
+    """`[P]` int64: which document of the input a packed one is of."""
+    begin: np.ndarray
+    """`[P + 1]` int64: where each packed document begins in ``ids``, and the end."""
+    first: np.ndarray
+    """`[N + 1]` int64: the first packed document of each row, and P."""
+    max_length: int
+    pad_id: int
 
     def __len__(self) -> int:
-        return self.x.shape[0]
+        return len(self.first) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, S)`."""
+        return len(self), self.max_length
 
     @property
     def tokens(self) -> int:
         """How many positions are not padding."""
-        return int((~self.pad).sum())
+        return len(self.ids)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(x_bs, document_bs, pad_bs)` of these rows, in this order.
+
+        int64 tokens, `pad_id` on padding; int64 numbers of the documents within their row, -1 on padding; bool.
+        """
+        x = np.full((len(indices), self.max_length), self.pad_id, dtype=np.int64)
+        document = np.full_like(x, -1)
+        for i, n in enumerate(indices.tolist()):
+            begin = self.begin[self.first[n] : self.first[n + 1] + 1]
+            size = begin[-1] - begin[0]
+            x[i, :size] = self.ids[begin[0] : begin[-1]]
+            document[i, :size] = np.repeat(np.arange(len(begin) - 1), np.diff(begin))
+        document_bs = torch.from_numpy(document)
+        return torch.from_numpy(x), document_bs, document_bs < 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """The packed documents in order."""
+        parts = np.bincount(self.source)
+        for row in range(len(self)):
+            for p in range(self.first[row], self.first[row + 1]):
+                at, source = int(self.begin[p] - self.begin[self.first[row]]), int(self.source[p])
+                ids = self.ids[self.begin[p] : self.begin[p + 1]]
+                yield Piece(row, at, source, ids, bool(parts[source] == 1))
+
+    def last_tokens(self, longer_than: int = 0) -> Tensor:
+        """`[N, S]` bool: where a document of more tokens than that ends."""
+        ends = torch.zeros(self.shape, dtype=torch.bool)
+        row = np.repeat(np.arange(len(self)), np.diff(self.first))
+        at = self.begin[1:] - self.begin[self.first[row]] - 1
+        chosen = np.diff(self.begin) > longer_than
+        ends[torch.from_numpy(row[chosen]), torch.from_numpy(at[chosen])] = True
+        return ends
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the tokens and their layout."""
+        found = hashlib.sha256(f"{self.max_length} {self.pad_id} {self.ids.dtype}".encode())
+        for part in (self.first, self.begin, self.ids):
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
 
 
 def pack(documents: Iterable[Sequence[int]], max_length: int, pad_id: int, pack_sequences: bool) -> Rows:
+    """`pack_flat` of documents that are lists."""
+    listed = list(documents)
+    lengths = np.array([len(document) for document in listed], dtype=np.int64)
+    ids = np.fromiter(chain.from_iterable(listed), np.int32, lengths.sum())
+    return pack_flat(ids, lengths, max_length, pad_id, pack_sequences)
+
+
+def pack_flat(ids: np.ndarray, lengths: np.ndarray, max_length: int, pad_id: int, pack_sequences: bool) -> Rows:
     """Documents laid into rows of `max_length`; with `pack_sequences` False one to a row.
 
     A document longer than a row is cut into documents of at most `max_length`. Packing takes the
     documents in order and starts a new row when the next does not fit whole, so that no document
-    is cut for the sake of packing. Empty documents are left out.
+    is cut for the sake of packing. Empty documents are left out. ``ids`` `[T]`, ``lengths`` `[D]`.
     """
     if max_length < 1:
         raise DataError(
@@ -237,61 +403,101 @@ def pack(documents: Iterable[Sequence[int]], max_length: int, pad_id: int, pack_
             "  rule: a row holds at least one token\n"
             "  next: raise data.max_length in the recipe"
         )
-    rows: list[list[Sequence[int]]] = []
-    pieces: list[list[Piece]] = []
-    used = max_length
-    for source, document in enumerate(documents):
-        for start in range(0, len(document), max_length):
-            piece = document[start : start + max_length]
-            if not pack_sequences or used + len(piece) > max_length:
-                rows.append([])
-                pieces.append([])
-                used = 0
-            rows[-1].append(piece)
-            pieces[-1].append(Piece(source, start, len(piece), len(piece) == len(document)))
-            used += len(piece)
-    x = np.full((len(rows), max_length), pad_id, dtype=np.int64)
-    ids = np.full((len(rows), max_length), -1, dtype=np.int64)
-    for n, row in enumerate(rows):
-        at = 0
-        for number, piece in enumerate(row):
-            x[n, at : at + len(piece)] = piece
-            ids[n, at : at + len(piece)] = number
-            at += len(piece)
-    document_ns = torch.from_numpy(ids)
-    return Rows(torch.from_numpy(x), document_ns, document_ns < 0, tuple(map(tuple, pieces)))
+    parts = -(-lengths // max_length)
+    source = np.repeat(np.arange(len(lengths)), parts)
+    number = np.arange(len(source)) - np.repeat(np.cumsum(parts) - parts, parts)
+    sizes = np.minimum(lengths[source] - number * max_length, max_length)
+    begin = np.concatenate(([0], np.cumsum(sizes)))
+    first = np.arange(len(source) + 1)
+    if pack_sequences:
+        # Of each packed document, the first that is no longer in a row that begins with it.
+        following = np.searchsorted(begin, begin[:-1] + max_length, side="right") - 1
+        starts = [0]
+        while starts[-1] < len(source):
+            starts.append(int(following[starts[-1]]))
+        first = np.array(starts)
+    return Rows(ids, source, begin, first, max_length, pad_id)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Records, and the rows that they were packed into."""
+    """One side of a run's data: its rows, and the records that they were made of."""
 
-    records: list[Record]
+    records: Callable[[], Sequence[Record]]
+    """Reads them again, in the order of the rows' sources: only a reward model wants more than their tokens."""
     rows: Rows
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the packed rows."""
-        parts = hashlib.sha256(self.rows.x.numpy().tobytes())
-        parts.update(self.rows.document.numpy().tobytes())
-        return parts.hexdigest()
+        """SHA-256 (hex) of the tokens and how they lie in rows: another one is other data."""
+        return self.rows.digest
 
 
-def read_corpus(folders: Sequence[Path], without: Iterable[str], tokenizer: Tokenizer, layout: Layout) -> Corpus:
-    """The records of ``folders`` in order, less those whose text is in ``without``, tokenized and packed."""
-    held = set(without)
-    records = [record for folder in folders for record in read_records(folder) if record.text not in held]
-    documents = tokenize([record.text for record in records], tokenizer)
-    return Corpus(records, pack(documents, layout.max_length, tokenizer.eos_id, layout.pack_sequences))
+def read_sets(
+    data: settings.Data,
+    folders: Mapping[str, Path],
+    tokenizer: Tokenizer,
+    shelf: Path | None = None,
+    threads: int = 1,
+    tell: Tell = _nobody,
+) -> dict[str, Corpus]:
+    """`train` and, where something is held out, `eval`, of the sources in ``folders``.
+
+    Raises DataError for bad data, for HumanEval to train on, and for a side without a document.
+    """
+
+    def tokens(names: Sequence[str], allowed: bool) -> list[Tokens]:
+        found = []
+        for name in names:
+            found.append(joined([tokens_of(part, tokenizer, shelf, threads, tell) for part in parts_of(folders[name])]))
+            if not len(found[-1].lengths):
+                raise no_record(folders[name], found[-1].counts)
+            refuse_evaluation(name, found[-1].counts, allowed)
+        return found
+
+    def corpus(found: Tokens, names: Sequence[str], chosen: np.ndarray, layout: settings.SourceData) -> Corpus:
+        def records() -> list[Record]:
+            every = (record for name in names for record in read_records(folders[name]))
+            return [record for record, wanted in zip(every, chosen, strict=True) if wanted]
+
+        some = found.only(chosen)
+        return Corpus(
+            records, pack_flat(some.ids, some.lengths, layout.max_length, tokenizer.eos_id, layout.pack_sequences)
+        )
+
+    held = tokens(data.eval.sources, allowed=True)
+    train = tokens(data.train.sources, allowed=data.train.allow_evaluation_data)
+    together, own = joined([*held, *train]), joined(train)
+    named = len(together.lengths) - len(own.lengths)
+    trained, split = sides(own.digests, together.digests[:named], data.eval.share)
+    sets = {"train": corpus(own, data.train.sources, trained, data.train)}
+    if data.eval.held_out:
+        chosen = np.concatenate((np.ones(named, dtype=bool), split))
+        sets["eval"] = corpus(together, [*data.eval.sources, *data.train.sources], chosen, data.eval)
+    return sets
 
 
-class Layout(Protocol):
-    """`data.train` or `data.eval` of a recipe."""
+def sides(train: np.ndarray, held: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents of the training sources are trained on, and which the split holds out: `[D]` bool each.
 
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def pack_sequences(self) -> bool: ...
+    ``train`` `[D]` and ``held`` are `text_digest`s. What an evaluation source has is not trained on; of the others
+    those whose digest, as a fraction of 1, lies below ``share`` are held out: by the text alone, whatever is beside it.
+    """
+    known, below = np.isin(train, held), train < np.uint64(share * 2**64)
+    trained, split = ~known & ~below, ~known & below
+    if not trained.any():
+        raise DataError(
+            f"data.train.sources: of {len(train)} documents there is no text that is not held out\n"
+            "  rule: at least one document to train on\n"
+            "  next: look at the folders, at data.eval.sources and data.eval.share"
+        )
+    if share and not split.any():
+        raise DataError(
+            f"data.eval.share: {share} holds out none of {len(train)} documents\n"
+            "  rule: a split has documents on both sides\n"
+            "  next: a larger share, or data.eval.sources and data.eval.share: 0"
+        )
+    return trained, split
 
 
 class Batches:
@@ -334,8 +540,8 @@ class Batches:
         return torch.from_numpy(np.concatenate(parts))
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(x_bs, document_bs, pad_bs)` of these rows, in this order."""
-        return self.rows.x[indices], self.rows.document[indices], self.rows.pad[indices]
+        """`Rows.take`."""
+        return self.rows.take(indices)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -346,39 +552,6 @@ class Batches:
             order = np.random.Generator(np.random.PCG64(words)).permutation(len(self.rows))
             self._orders[epoch] = order.astype(np.int64)
         return self._orders[epoch]
-
-
-def _record_of(line: bytes, place: str) -> Record:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(_bad_line(place, f"is not JSON ({error})")) from error
-    if not isinstance(record, dict):
-        raise DataError(_bad_line(place, f"is a {type(record).__name__}, not an object"))
-    return Record(_field(record, PROMPT_KEYS, place), _field(record, SOLUTION_KEYS, place))
-
-
-def _field(record: dict[str, Any], keys: tuple[str, ...], place: str) -> str:
-    for key in keys:
-        if key in record:
-            value = record[key]
-            if not isinstance(value, str):
-                kind = type(value).__name__
-                raise DataError(_bad_line(place, f"has a {kind} as {key!r}, not a text"))
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise DataError(_bad_line(place, f"has half of a character (a lone surrogate) in {key!r}")) from None
-            return value
-    raise DataError(_bad_line(place, f"has neither {keys[0]!r} nor {keys[1]!r}"))
-
-
-def _bad_line(place: str, what: str) -> str:
-    return (
-        f"{place}: {what}\n"
-        "  rule: each line is an object with texts under prompt (or text) and solution (or code)\n"
-        "  next: correct or remove that line"
-    )
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> str:
@@ -407,6 +580,6 @@ def _special_tokens(path: Path) -> dict[str, str]:
     return named
 
 
-def _pieces_digest(tokenizer: Tokenizer) -> str:
-    content = [tokenizer.pieces(), tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _digest(file: bytes, tokenizer: Tokenizer) -> str:
+    special = f"{tokenizer.bos_id} {tokenizer.eos_id} {tokenizer.unk_id} "
+    return hashlib.sha256(special.encode() + file).hexdigest()

@@ -20,23 +20,26 @@ import shutil
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from wmtp import config as settings
 from wmtp import headers, memory, twin
-from wmtp.data import DataError, Tokenizer, load_tokenizer, pack, read_records, tokenize
+from wmtp.data import Tokenizer, load_tokenizer, pack, sides, text_digest, tokenize
 from wmtp.headers import Bucket, BucketError, Folder, Source
 from wmtp.memory import GIB, MARGIN, Peak
 from wmtp.model import ModelError, ModelSpec
 from wmtp.paths import PathResolver
 from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here
 from wmtp.runfile import MODEL_GB
+from wmtp.sources import DataError, described, read_records, refuse_evaluation
 from wmtp.train import die_with_parent, rows_per_step, total_steps
 from wmtp.vocab import EXPECTED, VocabError, Vocabulary, compare
 
@@ -228,47 +231,56 @@ def _added(vocabularies: list[Vocabulary]) -> str:
 def check_data(
     config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer | None, verbose: bool
 ) -> Iterator[Finding]:
-    """What the recipe's sources give: records, lengths, rows, steps."""
-    held: set[str] = set()
-    parts: tuple[tuple[str, Any], ...] = (("eval", recipe.data.eval), ("train", recipe.data.train))
-    for part, layout in parts:
-        texts: list[str] = []
-        complete = True
+    """What the recipe's sources give: layouts, records, the split, lengths, rows, steps."""
+    texts: dict[str, list[str]] = {}
+    whole = True
+    for part, layout in (("eval", recipe.data.eval), ("train", recipe.data.train)):
+        texts[part] = []
         for name in layout.sources:
-            found = yield from _source(config, name)
-            complete = complete and found is not None
-            texts += [text for text in found or [] if part == "eval" or text not in held]
-        if part == "eval":
-            held = set(texts)
-        if not layout.sources or not complete:
+            found = yield from _source(config, name, part == "eval" or recipe.data.train.allow_evaluation_data)
+            whole = whole and found is not None
+            texts[part] += found or []
+    if not whole:
+        return
+    digests = {part: np.array([text_digest(text) for text in some], np.uint64) for part, some in texts.items()}
+    try:
+        trained, split = sides(digests["train"], digests["eval"], recipe.data.eval.share)
+    except DataError as error:
+        yield _failed("data.train", error)
+        return
+    held = [text for text, out in zip(texts["train"], split, strict=True) if out]
+    if recipe.data.eval.share:
+        left = f"{len(held)} of {len(split)} documents held out by digest, {trained.sum()} to train on"
+        yield Finding(5, OK, "data split", left)
+    texts = {
+        "eval": [*texts["eval"], *held],
+        "train": [text for text, kept in zip(texts["train"], trained, strict=True) if kept],
+    }
+    for part, layout in (("eval", recipe.data.eval), ("train", recipe.data.train)):
+        subject, some = f"data.{part}", texts[part]
+        if not some:
             continue
-        subject = f"data.{part}"
         if tokenizer is None:
-            yield Finding(
-                5,
-                NOT,
-                subject,
-                f"{len(texts)} texts, {sum(map(len, texts)) / 1e3:.0f} k characters; tokens: no tokenizer here",
-            )
+            size = sum(map(len, some)) / 1e3
+            told = f"{len(some)} texts, {size:.0f} k characters; tokens: no tokenizer here"
+            yield Finding(5, NOT, subject, told)
             continue
-        if not texts:
-            yield Finding(
-                5,
-                FAIL,
-                subject,
-                "no text that is not held out",
-                "look at data.eval.sources",
-                "at least one document to train on",
-            )
-            continue
-        yield _counted(subject, texts, layout, tokenizer, config, recipe)
+        yield _counted(subject, some, layout, tokenizer, config, recipe)
         if verbose:
-            ids = tokenizer.encode(texts[0])[:60]
+            ids = tokenizer.encode(some[0])[:60]
             yield Finding(5, OK, f"{subject} sample", f"{len(ids)} tokens decode to {tokenizer.decode(ids)!r}")
 
 
-def _source(config: settings.Config, name: str) -> Generator[Finding, None, list[str] | None]:
-    """Findings of one source; returns its texts, None where it can't be read."""
+def _failed(subject: str, error: DataError, folder: Path | None = None) -> Finding:
+    """The finding of an error, its folder named as the source is."""
+    what, *rest = str(error).splitlines()
+    told = {k.strip(): v for k, _, v in (line.partition(": ") for line in rest)}
+    what = what.replace(str(folder), subject.partition(" ")[2]) if folder else what
+    return Finding(5, FAIL, subject, what, told.get("next", ""), told.get("rule", ""))
+
+
+def _source(config: settings.Config, name: str, evaluation: bool) -> Generator[Finding, None, list[str] | None]:
+    """Findings of one source; returns its texts, None where it can't be read, or not be trained on."""
     uri = config.paths.datasets.get(name)
     subject = f"data {name}"
     if uri is None:
@@ -291,18 +303,13 @@ def _source(config: settings.Config, name: str) -> Generator[Finding, None, list
         yield Finding(5, NOT, subject, f"{uri} is not on this machine")
         return None
     try:
-        texts = _texts(folder)
+        texts, counts = _texts(folder)
+        refuse_evaluation(name, counts, evaluation)
     except DataError as error:
-        what, *rest = str(error).splitlines()
-        told = {k.strip(): v for k, _, v in (line.partition(": ") for line in rest)}
-        yield Finding(5, FAIL, subject, what.replace(str(folder), name), told.get("next", ""), told.get("rule", ""))
+        yield _failed(subject, error, folder)
         return None
-    yield Finding(
-        5,
-        OK,
-        subject,
-        f"{len(texts)} records in {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}",
-    )
+    place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    yield Finding(5, OK, subject, f"{len(texts)} records in {place}: {described(counts)}")
     return texts
 
 
@@ -316,16 +323,17 @@ def _folder_of(config: settings.Config, uri: str) -> Path | None:
 
 
 @functools.cache
-def _texts(folder: Path) -> list[str]:
-    """Read once for all checks and recipes."""
-    return [record.text for record in read_records(folder)]
+def _texts(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The texts of a source and how many of which layout; read once for all checks and recipes."""
+    counts: Counter[str] = Counter()
+    return [record.text for record in read_records(folder, counts)], counts
 
 
 def _counted(
     subject: str, texts: list[str], layout: Any, tokenizer: Tokenizer, config: settings.Config, recipe: settings.Recipe
 ) -> Finding:
     every = max(1, math.ceil(sum(map(len, texts)) / CHARACTERS))
-    documents = tokenize(texts[::every], tokenizer)
+    documents = tokenize(texts[::every], tokenizer, config.devices.num_proc)
     rows = pack(documents, layout.max_length, tokenizer.eos_id, layout.pack_sequences)
     lengths = sorted(map(len, documents))
     long, middle, most = sum(n > layout.max_length for n in lengths), len(lengths) // 2, int(len(lengths) * 0.95)
@@ -333,7 +341,7 @@ def _counted(
         f"{len(texts)} documents, {sum(lengths) * every} tokens; half have up to {lengths[middle]}, "
         f"95 % up to {lengths[most]}, the longest {lengths[-1]}\n{_histogram(lengths)}\n"
         f"{long / len(lengths):.1%} are longer than a row of {layout.max_length} and are cut; "
-        f"{len(rows) * every} rows, {rows.tokens / rows.pad.numel():.0%} full"
+        f"{len(rows) * every} rows, {rows.tokens / math.prod(rows.shape):.0%} full"
     )
     if every > 1:
         detail += f"; estimated from one document in {every}"
@@ -531,7 +539,7 @@ def _first_texts(config: settings.Config, recipe: settings.Recipe) -> list[str]:
     for name in recipe.data.train.sources:
         folder = _folder_of(config, config.paths.datasets.get(name, "file:///nowhere"))
         try:
-            return _texts(folder)[:ROWS_COMPARED] if folder else []
+            return _texts(folder)[0][:ROWS_COMPARED] if folder else []
         except DataError:
             return []
     return []

@@ -21,6 +21,7 @@ from typing import Any
 from wmtp import config as settings
 from wmtp.manifest import MANIFEST, Entry, ManifestError, create, hash_file, load_manifest
 from wmtp.paths import PathResolver
+from wmtp.sources import DataError, parts_of
 
 FORMAT = 1
 REFERENCE, REWARD = "reference", "reward"
@@ -84,17 +85,14 @@ def data_digests(config: settings.Config, sources: Sequence[str]) -> list[str]:
     found = []
     for source in sources:
         folder = Path(PathResolver().resolve(config.paths.datasets[source])[1])
-        files = sorted(folder.glob("*.jsonl"))
-        if not files:
-            raise FileNotFoundError(f"{folder}: no *.jsonl")
-        found += [hash_file(file) for file in files]
+        found += [digest for part in parts_of(folder) for digest in part.digests()]
     return found
 
 
 def ingredients(
     config: settings.Config, recipe: settings.Recipe, manifests: Path | None, coming: bool = False
 ) -> dict[str, Any]:
-    """Everything that the scores depend on, by content: no path, no name. Raises OSError, ManifestError."""
+    """Everything that the scores depend on, by content: no path, no name. Raises OSError, DataError, ManifestError."""
     scorer = scorer_of(recipe)
     assert scorer
     kind, role = scorer
@@ -112,6 +110,8 @@ def ingredients(
             [data_digests(config, part.sources), part.max_length, part.pack_sequences]
             for part in (recipe.data.train, recipe.data.eval)
         ],
+        # Only where it is set: scores that were kept before there was a split keep their names.
+        **({"share": recipe.data.eval.share} if recipe.data.eval.share else {}),
         "template": recipe.critic.reward_template if kind == REWARD else None,
         "precision": config.devices.mixed_precision,
     }
@@ -150,8 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if scorer and role == scorer[1] and role != "base":
             try:
                 name = kept_name(config, recipe, arguments.manifests, coming=True)[0]
-            except (OSError, ManifestError) as error:
-                print(f"scores    warn  {error}: whether scores are kept can't be known here", file=sys.stderr)
+            except (OSError, DataError, ManifestError) as error:
+                what = str(error).splitlines()[0]
+                print(f"scores    warn  {what}: whether scores are kept can't be known here", file=sys.stderr)
         print(role, uri.rstrip("/").rpartition("/")[2], name, sep="\t")
     return 0
 

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints
 from wmtp.config import Config, Recipe
-from wmtp.data import Corpus, Piece, Record, Rows, Tokenizer
+from wmtp.data import Corpus, Piece, Rows, Tokenizer
 from wmtp.model import MTPModel, RewardModel, load_reward_state, load_state, read_spec
 from wmtp.objective import make_labels
 from wmtp.outcome import Stop, Stopped, local_path, say
 from wmtp.paths import PathResolver
 from wmtp.ranks import Place
 from wmtp.scorekey import REFERENCE, kept_name, scorer_of
+from wmtp.sources import Record
 
 FORWARDS = 8  # of a block: what a kill costs each rank at most
 TOLD_EVERY_S = 5.0
@@ -214,7 +215,7 @@ def score_reference(
         found = []
         for at in range(0, len(filled), rows):
             take = torch.tensor(filled[at : at + rows])
-            x, document, pad = part.x[take], part.document[take], part.pad[take]
+            x, document, pad = part.take(take)
             labels, mask = make_labels(x, heads, document, pad)
             mask[:, :, 1:] = False
             with place.autocast():
@@ -246,25 +247,21 @@ class Judged:
 
 def judged_documents(corpus: Corpus, tokenizer: Tokenizer, template: str, most: int) -> list[Judged]:
     """Every packed document of a corpus, rendered for a reward model of ``most`` positions."""
-    rows, found, cut = corpus.rows, [], 0
-    for n, pieces in enumerate(rows.pieces):
-        at = 0
-        for piece in pieces:
-            record = corpus.records[piece.source]
-            part = None if piece.whole else _decoded(rows.x[n, at : at + piece.length].tolist(), piece, tokenizer)
-            ids = rendered(template, record, part, tokenizer)
-            if len(ids) > most:
-                cut += 1
-                ids = [ids[0], *ids[len(ids) - most + 1 :]]  # its end carries the verdict
-            at += piece.length
-            found.append(Judged(ids, n, at - 1))
+    records, found, cut = corpus.records(), [], 0
+    for piece in corpus.rows.pieces():
+        part = None if piece.whole else _decoded(piece, tokenizer)
+        ids = rendered(template, records[piece.source], part, tokenizer)
+        if len(ids) > most:
+            cut += 1
+            ids = [ids[0], *ids[len(ids) - most + 1 :]]  # its end carries the verdict
+        found.append(Judged(ids, piece.row, piece.at + len(piece.ids) - 1))
     if cut:
         say(f"score     warn  {cut} of {len(found)} documents are longer than the reward model's {most} positions: cut")
     return found
 
 
-def _decoded(ids: list[int], piece: Piece, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([i for i in ids if i not in (tokenizer.bos_id, tokenizer.eos_id)])
+def _decoded(piece: Piece, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([i for i in piece.ids.tolist() if i not in (tokenizer.bos_id, tokenizer.eos_id)])
 
 
 def rendered(template: str, record: Record, part: str | None, tokenizer: Tokenizer) -> list[int]:
@@ -275,7 +272,7 @@ def rendered(template: str, record: Record, part: str | None, tokenizer: Tokeniz
     """
     fields = {"prompt": record.prompt, "solution": record.solution, "text": record.text}
     if part is not None:
-        fields |= {"text": part, "solution": part.removeprefix(record.prompt).removeprefix("\n")}
+        fields |= {"text": part, "solution": part.removeprefix(record.prompt).removeprefix(record.joint)}
     ids: list[int] = []
     text = ""
 
@@ -337,7 +334,7 @@ def score_rewards(
     model.eval()
     run_blocks(blocks, compute, kept, "rewards", place, stop)
     if place.rank == 0:
-        scores = {name: torch.zeros(corpus.rows.x.shape) for name, corpus in sets.items()}
+        scores = {name: torch.zeros(corpus.rows.shape) for name, corpus in sets.items()}
         for block in blocks:
             for i, value in zip(block[2], load_file(kept.part(block))["values"], strict=True):
                 document = documents[block[0]][orders[block[0]][i]]
@@ -346,43 +343,26 @@ def score_rewards(
     place.wait()
 
 
-def last_tokens(rows: Rows) -> Tensor:
-    """`[N, S]` bool: where a document ends."""
-    ends = torch.ones_like(rows.pad)
-    ends[:, :-1] = rows.document[:, :-1] != rows.document[:, 1:]
-    return ends & ~rows.pad
-
-
 def pseudo_rewards(ref_ce: Tensor, rows: Rows) -> Tensor:
     """`R = -mean_j ref_ce[j]` of each document at its last token, `[N, S]`; a document of one token gets 0.
 
     The first token of a document is predicted by nobody and is not in the mean.
     """
     reward = torch.zeros_like(ref_ce)
-    for n, pieces in enumerate(rows.pieces):
-        at = 0
-        for piece in pieces:
-            if piece.length > 1:
-                reward[n, at + piece.length - 1] = -ref_ce[n, at + 1 : at + piece.length].mean()
-            at += piece.length
+    for piece in rows.pieces():
+        end = piece.at + len(piece.ids)
+        if len(piece.ids) > 1:
+            reward[piece.row, end - 1] = -ref_ce[piece.row, piece.at + 1 : end].mean()
     return reward
 
 
-def longer_than_one(rows: Rows) -> Tensor:
-    """`[N, S]` bool: where a document of at least two tokens ends. Of one token alone nothing was predicted."""
-    starts = torch.ones_like(rows.pad)
-    starts[:, 1:] = rows.document[:, 1:] != rows.document[:, :-1]
-    return last_tokens(rows) & ~starts
-
-
-def zscored(
-    rewards: Mapping[str, Tensor], sets: Mapping[str, Rows], ends_of: Callable[[Rows], Tensor] = last_tokens
-) -> dict[str, Tensor]:
+def zscored(rewards: Mapping[str, Tensor], sets: Mapping[str, Rows], longer_than: int = 0) -> dict[str, Tensor]:
     """Rewards less the training set's mean, over its (population) deviation, at each document's last token.
 
+    Only documents of more than ``longer_than`` tokens have one: of one token alone nothing was predicted.
     A deviation of 0 gives 0 everywhere and a warning: such rewards tell nothing.
     """
-    ends = {name: ends_of(rows) for name, rows in sets.items()}
+    ends = {name: rows.last_tokens(longer_than) for name, rows in sets.items()}
     known = rewards["train"][ends["train"]].double()
     mean, deviation = known.mean(), known.std(correction=0)
     if not torch.isfinite(known).all():
@@ -419,7 +399,7 @@ def load_scores(
         return {}
     uri, what = getattr(config.paths.models, scorer[1]), f"paths.models.{scorer[1]}"
     rows = {name: corpus.rows for name, corpus in sets.items()}
-    shapes = {name: tuple(part.x.shape) for name, part in rows.items()}
+    shapes = {name: part.shape for name, part in rows.items()}
     named: list[Any] = [None, None]
     found: list[Any] = [None]
     if place.rank == 0:
@@ -462,5 +442,5 @@ def load_scores(
         return scores
     if scorer[0] == REFERENCE:
         scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}
-        return zscored(scores, rows, longer_than_one)
+        return zscored(scores, rows, longer_than=1)
     return zscored(scores, rows)

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
 from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
-from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_corpus
+from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
 from wmtp.evaluation import held_out_ce, show_weights
 from wmtp.model import (
     ModelSpec,
@@ -223,22 +223,17 @@ def build_model(
     return model
 
 
-def load_sets(config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer) -> dict[str, Corpus]:
-    """`train` and, where ``data.eval`` names sources, `eval`. A text that is held out is not trained on."""
-
-    def folders(part: settings.EvalData) -> list[Path]:
-        return [local_path(config.paths.datasets[name], f"paths.datasets.{name}") for name in part.sources]
-
-    sets: dict[str, Corpus] = {}
-    if recipe.data.eval.sources:
-        sets["eval"] = read_corpus(folders(recipe.data.eval), (), tokenizer, recipe.data.eval)
-    held = [record.text for record in sets["eval"].records] if "eval" in sets else []
-    sets["train"] = read_corpus(folders(recipe.data.train), held, tokenizer, recipe.data.train)
-    if not sets["train"].records:
-        raise BadInput(
-            f"data.train.sources: {', '.join(recipe.data.train.sources)}: no text that is not held out; "
-            "rule: at least one document to train on; next: look at the folders, or at data.eval.sources"
-        )
+def load_sets(
+    config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer, shelf: Path, place: Place
+) -> dict[str, Corpus]:
+    """`train` and, where something is held out, `eval`; their tokens are kept in ``shelf``. Collective."""
+    names = [*recipe.data.eval.sources, *recipe.data.train.sources]
+    folders = {name: local_path(config.paths.datasets[name], f"paths.datasets.{name}") for name in names}
+    if place.rank > 0:
+        place.wait()  # rank 0 tokenizes, the others read what it kept
+    sets = read_sets(recipe.data, folders, tokenizer, shelf, config.devices.num_proc, say)
+    if place.rank == 0:
+        place.wait()
     return sets
 
 
@@ -334,8 +329,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     checkpoints = checkpoints_at(name)
     weighting = Weighting(recipe)
     tokenizer = load_tokenizer(base)
-    sets = load_sets(config, recipe, tokenizer)
-    progress.phases.done("data")
+from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
+from wmtp.evaluation import held_out_ce, show_weights
     scores = load_scores(
         config,
         recipe,

@@ -30,10 +30,10 @@ import torch
 
 from wmtp import config as settings
 from wmtp import train
-from wmtp.data import DataError, Record, read_records
 from wmtp.memory import LiveBytes, Peak, apart, step_peak
 from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, export_hf, read_spec
 from wmtp.paths import PathResolver
+from wmtp.sources import DataError, Record, read_records
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED, LENGTH, RECORDS = 3, 2, 48, 24
@@ -170,6 +170,8 @@ def arguments(app: Path, config: settings.Config, recipe: settings.Recipe, ranks
         "devices.num_proc": 1,
         "data.train.max_length": min(recipe.data.train.max_length, LENGTH),
         "data.eval.max_length": min(recipe.data.eval.max_length, LENGTH),
+        # Of so few documents a small share holds out none.
+        "data.eval.share": 0.5 if recipe.data.eval.share else 0,
         "data.train.batch_size": min(recipe.data.train.batch_size, 2),
         "train.accumulation_steps": min(recipe.train.accumulation_steps, 2),
         "train.max_steps": STEPS,
