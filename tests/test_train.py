@@ -14,10 +14,14 @@ from pathlib import Path
 
 import plants  # type: ignore[import-not-found]  # beside this file; pytest finds it
 import pytest
-from runs import ROOT, Run  # type: ignore[import-not-found]
+import torch
+from runs import CONFIG, ROOT, Run  # type: ignore[import-not-found]
 
-from wmtp.config import load_recipe
+from wmtp import train
+from wmtp.config import load_pair, load_recipe
+from wmtp.data import load_tokenizer
 from wmtp.manifest import create
+from wmtp.ranks import Place
 from wmtp.train import learning_rate
 
 RECIPE = ROOT / "tests/configs/recipe.baseline_mtp.yaml"
@@ -131,6 +135,26 @@ def test_one_device_and_two_ranks_see_the_same_losses(app: Path) -> None:
     for step in (1, 2):
         first, second = (float.fromhex(run.losses()[step]) for run in (one, two))
         assert first == pytest.approx(second, rel=1e-5)
+    assert one.log().count("tokens, made in") == 2 and "kept from before" not in one.log()
+    assert two.log().count("tokens, kept from before") == 2 and "made in" not in two.log()
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["read", "wait"]), (1, ["wait", "read"])])
+def test_rank_0_tokenizes_while_the_others_wait(
+    rank: int, order: list[str], app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Two(Place):
+        def wait(self) -> None:
+            seen.append("wait")
+
+    monkeypatch.setenv("WMTP_APP_ROOT", str(app))
+    monkeypatch.setattr(train, "read_sets", lambda *_: seen.append("read"))
+    config, recipe = load_pair(CONFIG, RECIPE, [], env="minitest")
+    tokenizer = load_tokenizer(app / "models/test-llama-mtp")
+    train.load_sets(config, recipe, tokenizer, app / "shelf", Two(torch.device("cpu"), 2, rank))
+    assert seen == order
 
 
 # ---- notice to stop --------------------------------------------------------------------------------------------------
@@ -196,7 +220,9 @@ def test_pseudo_rewards_need_no_reward_model(app: Path) -> None:
 
 def test_token_skip_trains_two_passes(app: Path) -> None:
     sets = ("train.max_steps=3", "paths.checkpoints.save_interval=3", "paths.checkpoints.save_final=false")
-    run = Run(app, "rho1-wmtp", "r", "rho1.selection_mode=token_skip", "loss.lambda=1.0", *sets).whole()
+    split = ("data.eval.sources=[]", "data.eval.share=0.2")
+    run = Run(app, "rho1-wmtp", "r", "rho1.selection_mode=token_skip", "loss.lambda=1.0", *split, *sets).whole()
+    assert "held out  before" in run.log()
     zeros = [record["w_zeros"] for record in run.records()]
     assert zeros[0] == 0 and zeros[1:] == pytest.approx([0.3, 0.3], abs=0.01)
 
@@ -269,6 +295,14 @@ def test_missing_model_is_refused_before_anything_starts(app: Path) -> None:
     assert run.wait() == 2
     assert "test-llama-mtp is not there" in run.log() and "Traceback" not in run.log()
     assert json.loads((app / "r-exit.json").read_text())["code"] == 2
+
+
+def test_training_on_human_eval_is_refused(app: Path) -> None:
+    (app / "he").mkdir()
+    (app / "he/a.jsonl").write_text('{"task_id": "HumanEval/0", "prompt": "p", "canonical_solution": "c"}')
+    run = Run(app, "baseline-mtp", "r", f"paths.datasets.wmtp_code=file://{app}/he", world=1).start()
+    assert run.wait() == 2
+    assert "wmtp_code: 1 records are HumanEval's" in run.log() and "Traceback" not in run.log()
 
 
 # ---- small things ----------------------------------------------------------------------------------------------------

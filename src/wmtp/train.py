@@ -329,8 +329,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     checkpoints = checkpoints_at(name)
     weighting = Weighting(recipe)
     tokenizer = load_tokenizer(base)
-from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
-from wmtp.evaluation import held_out_ce, show_weights
+    sets = load_sets(config, recipe, tokenizer, disk / ".tokens", place)
+    progress.phases.done("data")
     scores = load_scores(
         config,
         recipe,
