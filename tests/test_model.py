@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,43 +17,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp import model as model_module
 from wmtp.model import (
     LMHead,
-    ModelError,
     ModelSpec,
     MTPModel,
     ValueHead,
     Weighing,
     attention_layout,
-    export_hf,
     finish_meta,
-    load_model,
-    load_reward,
-    load_state,
-    read_spec,
     shard_units,
 )
 from wmtp.objective import rho1_wmtp, weighted_loss
+from wmtp.weights import half_split_rows, load_model, load_state, read_spec
 
-GENERATE = Path(__file__).parent / "test_models" / "generate.py"
 SMALL = ModelSpec(
     layout="hf", heads=3, hidden=32, trunk_layers=2, n_heads=4, n_kv_heads=2, intermediate=48, vocab_size=50
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("models with space")
-    subprocess.run([sys.executable, GENERATE, "--out", out], check=True, capture_output=True)
-    return out
-
-
-@pytest.fixture(scope="session")
-def base(models: Path) -> MTPModel:
-    return load_model(models / "test-llama-mtp", "cpu").eval()
 
 
 def lively(spec: ModelSpec, seed: int = 0) -> MTPModel:
@@ -157,7 +133,7 @@ def test_model_rotary_rows_score_as_metas_complex_rotation() -> None:
     cos, sin = layer.rotary_emb(x, position_ids=torch.arange(7)[None])
 
     def rotated(w: Tensor) -> Tensor:
-        y = (x @ model_module._half_split(w, 4).T).view(7, 4, 8)
+        y = (x @ w[half_split_rows(len(w), 4)].T).view(7, 4, 8)
         half = torch.cat((-y[..., 4:], y[..., :4]), dim=-1)
         return y * cos[0][:, None] + half * sin[0][:, None]
 
@@ -282,7 +258,7 @@ def test_model_ce_is_float32_under_bf16() -> None:
 def test_model_from_meta_equals_one_built_whole(models: Path, base: MTPModel) -> None:
     folder = models / "test-llama-mtp"
     whole = MTPModel(read_spec(folder))
-    whole.load_state_dict(load_state(folder, read_spec(folder)))
+    whole.load_state_dict({name: stored.whole() for name, stored in load_state(folder, whole.spec).items()})
     x = torch.arange(12)[None]
     ids = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
@@ -374,229 +350,6 @@ def test_model_two_sharded_ranks_give_the_gradients_of_one(tmp_path: Path) -> No
         for name, p in model.named_parameters():
             assert p.grad is not None
             assert (got["grads"][name] - p.grad).norm() <= 2e-6 * p.grad.norm(), name
-
-
-# ---- specs ------------------------------------------------------------------------------------
-
-
-def test_read_spec_of_the_three_generated_models(models: Path) -> None:
-    spec = read_spec(models / "test-llama-mtp")
-    assert spec == ModelSpec("meta", 4, 64, 1, 4, 4, 192, 32000)
-    reference = read_spec(models / "test-llama")
-    assert (reference.layout, reference.heads, reference.trunk_layers) == ("hf", 1, 1)
-    assert read_spec(models / "test-rm-llama").hidden == 64
-
-
-def test_read_spec_reads_an_unknown_vocabulary_from_the_weights(models: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "m"
-    shutil.copytree(models / "test-llama-mtp", folder)
-    params = json.loads((folder / "params.json").read_text())
-    (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
-    assert read_spec(folder).vocab_size == 32000
-
-
-@pytest.mark.parametrize(
-    ("params", "width"),
-    [
-        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 11008),  # Llama 2 7B
-        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}, 14336),
-    ],
-)  # fmt: skip
-def test_read_spec_feed_forward_width_is_metas(tmp_path: Path, params: dict, width: int) -> None:
-    content = params | {"vocab_size": 32000, "n_future_tokens": 4}
-    (tmp_path / "params.json").write_text(json.dumps(content))
-    assert read_spec(tmp_path).intermediate == width
-    assert read_spec(tmp_path).trunk_layers == 28
-
-
-META = {"dim": 64, "n_layers": 8, "n_heads": 4, "n_future_tokens": 4, "vocab_size": 9}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 8,
-    "vocab_size": 9,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("params.json", "{", "params.json"),
-        ("params.json", "[]", "not an object"),
-        ("params.json", json.dumps({"dim": 64}), "n_layers, n_heads"),
-        ("params.json", json.dumps(META | {"n_layers": 3}), "trunk layers = -1"),
-        ("params.json", json.dumps(META | {"n_heads": 5}), "64 with 5 attention heads"),
-        ("params.json", json.dumps(META | {"n_kv_heads": 3}), "3 key-value heads"),
-        ("config.json", json.dumps(LLAMA | {"model_type": "gpt2"}), "model_type gpt2"),
-        ("config.json", json.dumps(LLAMA | {"attention_bias": True}), "attention_bias"),
-        ("config.json", json.dumps(LLAMA | {"head_dim": 32}), "head_dim 32"),
-        ("config.json", json.dumps(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}}), "scaled rotary"),
-        ("other.json", "{}", "neither params.json nor config.json"),
-    ],
-)
-def test_read_spec_says_what_is_wrong(tmp_path: Path, name: str, content: str, words: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ModelError, match=words) as caught:
-        read_spec(tmp_path)
-    assert "rule:" in str(caught.value) and "next:" in str(caught.value)
-
-
-def test_load_state_turns_grouped_keys_by_their_own_heads(models: Path, tmp_path: Path) -> None:
-    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
-    for key in raw:
-        if key.endswith(("wk.weight", "wv.weight")):
-            raw[key] = raw[key][:32].clone()  # two key-value heads of 16 rows
-    torch.save(raw, tmp_path / "consolidated.pth")
-    spec = dataclasses.replace(read_spec(models / "test-llama-mtp"), n_kv_heads=2)
-    got = load_state(tmp_path, spec)["heads.2.self_attn.k_proj.weight"]
-    order = [h * 16 + 2 * i + odd for h in range(2) for odd in range(2) for i in range(8)]
-    assert torch.equal(got, raw["extra_heads.1.attention.wk.weight"][order])
-
-
-def test_load_model_takes_weights_stored_in_bf16(models: Path, base: MTPModel, tmp_path: Path) -> None:
-    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
-    torch.save({k: v.bfloat16() for k, v in raw.items()}, tmp_path / "consolidated.pth")
-    shutil.copy(models / "test-llama-mtp" / "params.json", tmp_path)
-    model = load_model(tmp_path, "cpu")
-    for (name, p), q in zip(model.named_parameters(), base.parameters(), strict=True):
-        assert p.dtype == torch.float32 and torch.equal(p, q.bfloat16().float()), name
-
-
-# ---- strictness ---------------------------------------------------------------------------------
-
-
-def test_load_state_lists_every_missing_unexpected_and_misshapen_tensor(models: Path, tmp_path: Path) -> None:
-    raw = torch.load(models / "test-llama-mtp" / "consolidated.pth", weights_only=True)
-    del raw["extra_heads.2.ffn_norm.weight"], raw["layers.1.attention.wq.weight"]
-    raw["norm.weight"] = torch.ones(63)
-    raw["layers.0.attention.wk.weight"] = torch.ones(30, 64)
-    raw["surprise.weight"] = raw["layers.7.attention_norm.weight"] = torch.ones(64)
-    raw["rope.freqs"] = torch.ones(8)  # computed: read over
-    torch.save(raw, tmp_path / "consolidated.pth")
-    with pytest.raises(ModelError) as caught:
-        load_state(tmp_path, read_spec(models / "test-llama-mtp"))
-    text = str(caught.value)
-    assert "6 tensors don't fit" in text
-    for line in (
-        "missing heads.3.post_attention_layernorm.weight",
-        "missing heads.0.self_attn.q_proj.weight",
-        "unexpected surprise.weight",
-        "unexpected layers.7.input_layernorm.weight",
-        "misshapen norm.weight [63], expected [64]",
-        "misshapen layers.0.self_attn.k_proj.weight [30, 64], expected [64, 64]",
-    ):
-        assert line in text
-
-
-def test_load_state_refuses_a_reward_models_value_head(models: Path) -> None:
-    folder = models / "test-rm-llama"
-    with pytest.raises(ModelError, match=r"unexpected v_head\.weight") as caught:
-        load_state(folder, read_spec(folder))
-    assert "missing lm_head.weight" in str(caught.value)
-
-
-def test_load_state_refuses_a_pickle_that_runs_code(models: Path, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "boom"),)
-
-    torch.save({"norm.weight": Bomb()}, tmp_path / "consolidated.pth")
-    with pytest.raises(ModelError, match="tensors only"):
-        load_state(tmp_path, read_spec(models / "test-llama-mtp"))
-    assert not (tmp_path / "boom").exists()
-
-
-def test_load_state_refuses_a_torn_file_and_an_empty_folder(models: Path, tmp_path: Path) -> None:
-    whole = (models / "test-llama-mtp" / "consolidated.pth").read_bytes()
-    (tmp_path / "consolidated.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match=r"consolidated\.pth"):
-        load_state(tmp_path, read_spec(models / "test-llama-mtp"))
-    with pytest.raises(ModelError, match="no weights"):
-        load_state(tmp_path / "none", read_spec(models / "test-llama"))
-
-
-def test_load_state_reads_shards_by_index_and_torch_files(models: Path, tmp_path: Path) -> None:
-    spec = read_spec(models / "test-llama")
-    whole = load_state(models / "test-llama", spec)
-    from safetensors.torch import load_file
-
-    raw = load_file(models / "test-llama" / "model.safetensors")
-    names = sorted(raw)
-    for i, part in enumerate((names[:5], names[5:])):
-        torch.save({n: raw[n] for n in part}, tmp_path / f"part-{i}.bin")
-    where = {n: f"part-{int(n in names[5:])}.bin" for n in names}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    for key, tensor in load_state(tmp_path, spec).items():
-        assert torch.equal(tensor, whole[key])
-    where[names[0]] = "../elsewhere.bin"
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(ModelError, match="plain file names"):
-        load_state(tmp_path, spec)
-
-
-# ---- export -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shard_bytes", [4 << 30, 9_000_000])
-def test_export_loads_as_a_plain_llama_and_with_all_heads(
-    models: Path, base: MTPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
-) -> None:
-    monkeypatch.setattr(model_module, "SHARD_BYTES", shard_bytes)
-    spec, out = base.spec, tmp_path / "out"
-    export_hf(base.state_dict(), spec, out, models / "test-llama-mtp")
-    assert len(list(out.glob("model*.safetensors"))) == (1 if shard_bytes > 1 << 30 else 2)
-    tokenizer = (models / "test-llama-mtp" / "tokenizer.model").read_bytes()
-    assert (out / "tokenizer.model").read_bytes() == tokenizer
-    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    llama, info = loaded
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert isinstance(llama, LlamaForCausalLM)
-    x = torch.arange(20)[None]
-    ids = torch.zeros_like(x)
-    with torch.no_grad():
-        expected = base.lm_head.logits(base.hidden(x, ids)[:, :, 0])
-        torch.testing.assert_close(llama.eval()(x).logits, expected, atol=1e-5, rtol=1e-5)
-    assert dataclasses.replace(read_spec(out), layout="meta") == spec
-    again = load_state(out, read_spec(out))
-    assert again.keys() == base.state_dict().keys()
-    assert all(torch.equal(again[k], v) for k, v in base.state_dict().items())
-
-
-def test_export_of_a_tied_model_with_grouped_keys(tmp_path: Path) -> None:
-    model = lively(dataclasses.replace(SMALL, tied=True, rope_theta=5e5, norm_eps=1e-4))
-    export_hf(model.state_dict(), model.spec, tmp_path, tmp_path)
-    assert read_spec(tmp_path) == model.spec
-    llama = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    x = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = model.lm_head.logits(model.hidden(x, torch.zeros_like(x))[:, :, 0])
-        torch.testing.assert_close(llama(x).logits, expected, atol=1e-5, rtol=1e-4)
-    load_model(tmp_path, "cpu")
-
-
-# ---- the generator ----------------------------------------------------------------------------------
-
-
-def test_generator_is_idempotent_and_repeats_bit_for_bit(models: Path, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("generate", GENERATE)
-    assert spec and spec.loader
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    weights = models / "test-llama" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
-    generate.generate(models)
-    assert weights.stat().st_mtime_ns == before
-    generate.generate(tmp_path)
-    files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(files) == 9 + 3  # three files a model, three stamps
-    for name in files:
-        assert (tmp_path / name).read_bytes() == (models / name).read_bytes(), name
-    (tmp_path / ".test-llama.stamp").write_text("another script")
-    (tmp_path / "test-llama" / "model.safetensors").write_bytes(b"old")
-    generate.generate(tmp_path)
-    assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
 
 
 # ---- the one-pass loss ------------------------------------------------------------------------
@@ -721,55 +474,6 @@ def test_values_are_float32_of_a_half_trunk() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head(hidden.bfloat16()), found)
     assert model.value_head is None
-
-
-@pytest.mark.parametrize("key", ["v_head.weight", "score.weight"])
-@pytest.mark.parametrize("prefix", ["model", "transformer"])
-def test_a_reward_is_the_value_of_transformers_last_state(tmp_path: Path, key: str, prefix: str) -> None:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    torch.manual_seed(6)
-    theirs = LlamaModel(config).eval()
-    reward = torch.randn(1, 16)
-    state = {f"{prefix}.{name}": p for name, p in theirs.state_dict().items()} | {key: reward}
-    torch.save(state | {"lm_head.weight": torch.randn(50, 16)}, tmp_path / "starling.pt")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    model = load_reward(tmp_path, "cpu")
-    x = torch.randint(0, 50, (2, 9))
-    document = torch.tensor([[0] * 9, [0] * 6 + [-1] * 3])
-    with torch.no_grad():
-        found = model(x, document, torch.tensor([8, 5]))
-        expected = torch.stack(
-            [theirs(x[:1]).last_hidden_state[0, -1] @ reward[0], theirs(x[1:, :6]).last_hidden_state[0, -1] @ reward[0]]
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"v_head.weight": None}, "missing v_head.weight"),
-        ({"v_head.weight": torch.zeros(2, 64)}, "misshapen v_head.weight"),
-        ({"score.weight": torch.zeros(1, 64)}, "unexpected score.weight"),
-        ({"extra.weight": torch.zeros(1)}, "unexpected extra.weight"),
-        ({"model.layers.1.mlp.up_proj.weight": None}, "missing layers.1.mlp.up_proj.weight"),
-    ],
-)
-def test_a_reward_model_that_does_not_fit_is_refused(
-    models: Path, tmp_path: Path, change: dict[str, Tensor | None], says: str
-) -> None:
-    state = torch.load(models / "test-rm-llama/model.bin", weights_only=True) | change
-    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "model.bin")
-    (tmp_path / "config.json").write_text((models / "test-rm-llama/config.json").read_text())
-    with pytest.raises(ModelError, match=re.escape(says)):
-        load_reward(tmp_path, "cpu")
-
-
-def test_a_base_is_no_reward_model(models: Path) -> None:
-    with pytest.raises(ModelError, match="Hugging Face folder"):
-        load_reward(models / "test-llama-mtp", "cpu")
 
 
 def half_worker(rank: int, folder: str) -> None:

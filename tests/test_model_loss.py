@@ -17,8 +17,10 @@ from test_model import SMALL, lively, oracle_labels  # type: ignore[import-not-f
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from wmtp.model import ModelError, MTPModel, ValueHead, Weighing, export_hf, load_reward_state, shard_units
+from wmtp.export import export_hf
+from wmtp.model import ModelError, MTPModel, ValueHead, Weighing, shard_units
 from wmtp.objective import critic_wmtp, rho1_wmtp
+from wmtp.weights import load_reward_state
 
 HEADS, ROWS, LENGTH = SMALL.heads, 8, 10
 DISCOUNT = 0.8

@@ -15,9 +15,10 @@ from wmtp import config as settings
 from wmtp import memory, preflight_torch, twin
 from wmtp.headers import Folder
 from wmtp.memory import GIB, Peak
-from wmtp.model import ModelSpec, read_spec
+from wmtp.model import ModelSpec
 from wmtp.preflight import FAIL, NOT, OK, WARN, Finding
 from wmtp.preflight_torch import Model, Models
+from wmtp.weights import read_spec
 
 ROOT = Path(__file__).parents[1]
 VESSL = str(ROOT / "configs/config.vessl.yaml")

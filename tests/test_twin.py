@@ -14,7 +14,8 @@ import pytest
 from wmtp import config as settings
 from wmtp import twin
 from wmtp.memory import Peak
-from wmtp.model import ModelSpec, read_spec
+from wmtp.model import ModelSpec
+from wmtp.weights import read_spec
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/config.vessl.yaml")

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmtp.manifest import MANIFEST, Manifest, ManifestError, hash_file, load_manifest
-from wmtp.model import META_WEIGHTS, ModelError, ModelSpec, model_state, read_spec, reward_state, weight_files
+from wmtp.model import ModelError, ModelSpec
+from wmtp.weights import Stored, model_state, read_spec, read_tensors, reward_state
 
 SMALL = 32 * 2**20
 """Bytes that a JSON or tokenizer file may have; a larger one is no header."""
 MANIFEST_MOST = 64 * 2**20
 SUFFIXES = (".json", "tokenizer.model")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -201,21 +201,13 @@ class _Ranged(io.RawIOBase):
         return len(data)
 
 
-def tensors(source: Source) -> dict[str, Tensor]:
-    """Every tensor of a model as one without data, under its name in the file. Raises ModelError, BucketError."""
-    folder = source.small()
-    files = [META_WEIGHTS] if (folder / "params.json").is_file() else weight_files(folder, source.sizes)
-    missing = [file for file in files if file not in source.sizes]
-    if missing:
-        raise ModelError(
-            f"{source.name}: {', '.join(missing)}: not there",
-            "every file of the weights is there",
-            "publish or sync it again",
-        )
-    found: dict[str, Tensor] = {}
-    for file in files:
-        found.update(_safetensors(source, file) if file.endswith(".safetensors") else _zipped(source, file))
-    return found
+def tensors(source: Source) -> dict[str, Stored]:
+    """Every tensor of a model, without data, under its name in the files. Raises ModelError, BucketError."""
+
+    def read(file: str) -> dict[str, Tensor]:
+        return _safetensors(source, file) if file.endswith(".safetensors") else _zipped(source, file)
+
+    return read_tensors(source.small(), source.name, source.sizes, read)
 
 
 def _broken(source: Source, file: str, what: str) -> ModelError:
@@ -264,7 +256,7 @@ def _zipped(source: Source, file: str) -> dict[str, Tensor]:
     return {name: torch.empty(v.shape, dtype=v.dtype, device="meta") for name, v in content.items()}
 
 
-def spec_of(source: Source, raw: Mapping[str, Tensor] | None = None) -> ModelSpec:
+def spec_of(source: Source, raw: Mapping[str, Stored] | None = None) -> ModelSpec:
     """The shapes that the JSON says; a vocabulary of -1 is read from the embedding's header."""
 
     def rows() -> int:
@@ -281,20 +273,7 @@ def check(source: Source, role: str) -> Iterator[str]:
     raw = tensors(source)
     spec = spec_of(source, raw)
     state = (reward_state if role == "rm" else model_state)(source.name, spec, raw)
-    odd = [f"{name} is {value.dtype}".replace("torch.", "") for name, value in raw.items() if value.dtype not in FLOATS]
-    if odd:
-        raise ModelError(
-            f"{source.name}: {', '.join(odd[:3])}",
-            "weights are float32, bfloat16 or float16",
-            "convert it, publish it again",
-        )
-    kinds = {v.dtype: k for k, v in state.items() if v.dim() > 1 and not k.startswith("v_head")}
-    if len(kinds) > 1:
-        told = ", ".join(f"{name} is {dtype}" for dtype, name in kinds.items()).replace("torch.", "")
-        raise ModelError(
-            f"{source.name}: {told}", "the matrices of a model have one dtype", "convert it, publish it again"
-        )
-    dtype = str(next(iter(kinds), torch.float32)).removeprefix("torch.")
+    dtype = str(next((v.dtype for v in state.values() if len(v.shape) > 1), torch.float32)).removeprefix("torch.")
     total = sum(v.nbytes for v in raw.values())
     layers = f"{spec.trunk_layers} + {spec.heads} layers of {spec.hidden}"
     yield f"{len(raw)} tensors, {total / 1e9:.2f} GB of {dtype}; {layers}"

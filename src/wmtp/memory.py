@@ -289,7 +289,7 @@ def reading_peak(config: Config, spec: ModelSpec, rows: int, length: int, reward
 
 
 def largest_tensor(spec: ModelSpec) -> int:
-    """Bytes of the largest parameter in float32: what is whole on a GPU while a model is loaded or exported."""
+    """Bytes of the largest parameter in float32: what is whole on a GPU while a model is exported."""
     with torch.device("meta"):
         return max(p.nbytes for p in MTPModel(spec).parameters())
 
@@ -312,7 +312,7 @@ def peaks(config: Config, recipe: Recipe, specs: Mapping[str, ModelSpec]) -> lis
         found.append(reading_peak(config, specs["rm"], train.batch_size, length, reward=True))
     if "ref" in specs:
         found.append(reading_peak(config, specs["ref"], train.batch_size, train.max_length))
-    found.append(Peak("loading", {WEIGHTS: weights, "a whole tensor, twice": 2 * largest}))
+    found.append(Peak("loading", {WEIGHTS: weights, "a tensor at most": largest}))
     found.append(step)
     if held.sources:
         reading = reading_peak(config, base, held.batch_size, held.max_length)

@@ -42,6 +42,7 @@ from wmtp.runfile import MODEL_GB
 from wmtp.sources import DataError, described, read_records, refuse_evaluation
 from wmtp.train import die_with_parent, rows_per_step, total_steps
 from wmtp.vocab import EXPECTED, VocabError, Vocabulary, compare
+from wmtp.weights import read_spec
 
 AWKWARD = (
     "",
@@ -125,7 +126,7 @@ class Models:
         """The cluster gets its models from the bucket; a folder here is looked at where that does not answer."""
         name = Path(uri).name
         shapes = ROOT / "configs" / "shapes" / name
-        spec = headers.read_spec(shapes) if shapes.is_dir() else None
+        spec = read_spec(shapes) if shapes.is_dir() else None
         folder = here(uri)
         if folder is None and (ROOT / "tests" / "test_models" / name).is_dir():
             folder = ROOT / "tests" / "test_models" / name  # what the mini-test publishes

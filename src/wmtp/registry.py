@@ -55,7 +55,7 @@ trainer_registry = Registry(
     },
 )
 optimizer_registry = Registry("optimizer", {"adamw": "wmtp.train:adamw"})
-loader_registry = Registry("loader", {"standardized-model-loader": "wmtp.model:load_model"})
+loader_registry = Registry("loader", {"standardized-model-loader": "wmtp.weights:load_model"})
 tokenizer_registry = Registry(
     "tokenizer",
     {

@@ -27,18 +27,19 @@ from torch import Tensor
 from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints
 from wmtp.config import Config, Recipe
 from wmtp.data import Corpus, Piece, Rows, Tokenizer
-from wmtp.model import MTPModel, RewardModel, load_reward_state, load_state, read_spec
+from wmtp.model import MTPModel, RewardModel
 from wmtp.objective import make_labels
 from wmtp.outcome import Stop, Stopped, local_path, say
 from wmtp.paths import PathResolver
 from wmtp.ranks import Place
 from wmtp.scorekey import REFERENCE, kept_name, scorer_of
 from wmtp.sources import Record
+from wmtp.weights import Stored, load_reward_state, load_state, read_spec
 
 FORWARDS = 8  # of a block: what a kill costs each rank at most
 TOLD_EVERY_S = 5.0
 
-Fill = Callable[[MTPModel | RewardModel, Callable[[], dict[str, Any]]], None]
+Fill = Callable[[MTPModel | RewardModel, Mapping[str, Stored]], None]
 Block = tuple[str, int, Sequence[int]]
 """Set, number, and the rows or documents in it."""
 
@@ -423,12 +424,12 @@ def load_scores(
         if scorer[0] == REFERENCE:
             with torch.device("meta"):
                 reference = MTPModel(spec)
-            fill(reference, lambda: {**load_state(folder, spec)})
+            fill(reference, load_state(folder, spec))
             score_reference(reference, rows, kept, size, named[1], place, stop)
         else:
             with torch.device("meta"):
                 judge = RewardModel(spec)
-            fill(judge, lambda: {**load_reward_state(folder, spec)})
+            fill(judge, load_reward_state(folder, spec))
             score_rewards(judge, sets, tokenizer, recipe.critic.reward_template, kept, size, named[1], place, stop)
     reference = judge = None  # sharded modules refer to each other: only the collector frees them
     gc.collect()

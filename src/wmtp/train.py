@@ -21,14 +21,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -36,18 +36,8 @@ from wmtp import config as settings
 from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
 from wmtp.evaluation import held_out_ce, show_weights
-from wmtp.model import (
-    ModelSpec,
-    MTPModel,
-    RewardModel,
-    ValueHead,
-    export_hf,
-    finish_meta,
-    load_state,
-    read_spec,
-    shard_units,
-    value_head_state,
-)
+from wmtp.export import export_hf
+from wmtp.model import ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, shard_units
 from wmtp.objective import weight_statistics
 from wmtp.outcome import (
     DONE,
@@ -74,6 +64,7 @@ from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
 from wmtp.watch import Watch
+from wmtp.weights import Stored, load_state, read_spec, stream, value_head_state
 
 NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 
@@ -190,16 +181,10 @@ def allocate(model: MTPModel | RewardModel, config: settings.Config, mesh: Devic
     finish_meta(model, place.device)
 
 
-def fill(
-    model: MTPModel | RewardModel, state: Callable[[], dict[str, Any]], config: settings.Config, place: Place
-) -> None:
-    """Shard a model that was built on ``meta``, give it memory and weights: no rank but 0 ever holds the whole."""
+def fill(model: MTPModel | RewardModel, state: Mapping[str, Stored], config: settings.Config, place: Place) -> None:
+    """Shard a model that was built on ``meta``, give it memory and weights: no rank ever holds the whole."""
     allocate(model, config, mesh_of(config, place), place)
-    set_model_state_dict(
-        model,
-        state() if place.rank == 0 else {},
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=place.world > 1),
-    )
+    stream(model, state)
 
 
 def planned_model(config: settings.Config, recipe: settings.Recipe, spec: ModelSpec, weighting: Weighting) -> MTPModel:
@@ -218,7 +203,7 @@ def build_model(
     """The model that is trained, with its value head where the algorithm needs one."""
     model = planned_model(config, recipe, spec, weighting)
     fresh = value_head_state(spec) if weighting.needs_value else {}
-    fill(model, lambda: {**load_state(folder, spec), **fresh}, config, place)
+    fill(model, {**load_state(folder, spec), **fresh}, config, place)
     model.train()
     return model
 

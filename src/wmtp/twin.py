@@ -30,10 +30,12 @@ import torch
 
 from wmtp import config as settings
 from wmtp import train
+from wmtp.export import export_hf
 from wmtp.memory import LiveBytes, Peak, apart, step_peak
-from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, export_hf, read_spec
+from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel
 from wmtp.paths import PathResolver
 from wmtp.sources import DataError, Record, read_records
+from wmtp.weights import read_spec
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED, LENGTH, RECORDS = 3, 2, 48, 24
