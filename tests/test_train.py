@@ -227,6 +227,18 @@ def test_token_skip_trains_two_passes(app: Path) -> None:
     assert zeros[0] == 0 and zeros[1:] == pytest.approx([0.3, 0.3], abs=0.01)
 
 
+def test_a_plain_llama_of_one_head_trains_four_on_request_only(app: Path) -> None:
+    plain = f"paths.models.base=file://{app}/models/test-llama"
+    sets = (plain, "train.max_steps=2", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=true")
+    refused = Run(app, "baseline-mtp", "refused", *sets, world=1).start()
+    assert refused.wait() == 2
+    assert "model.heads: 4, but" in refused.log() and "model.new_heads=true" in refused.log()
+    run = Run(app, "baseline-mtp", "r", *sets, "model.new_heads=true").whole()
+    assert "new heads: 1 to 3 begin as copies of the last layer of test-llama" in run.log()
+    assert len(run.losses()) == 2
+    assert json.loads((run.folder / "final/config.json").read_text())["n_future_tokens"] == 4
+
+
 # ---- what goes wrong on the way ----------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from test_model import SMALL, lively  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,12 +25,15 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaModel
 
 from wmtp import export as export_module
+from wmtp import headers
 from wmtp.export import export_hf
 from wmtp.memory import LiveBytes
 from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, finish_meta, shard_units
 from wmtp.weights import (
     META_NAMES,
     META_ROOT,
+    add_heads,
+    heads_refused,
     load_model,
     load_reward,
     load_reward_state,
@@ -185,8 +190,6 @@ def test_load_state_refuses_a_torn_file_and_an_empty_folder(models: Path, tmp_pa
 def test_load_state_reads_shards_by_index_and_torch_files(models: Path, tmp_path: Path) -> None:
     spec = read_spec(models / "test-llama")
     whole = load_state(models / "test-llama", spec)
-    from safetensors.torch import load_file
-
     raw = load_file(models / "test-llama" / "model.safetensors")
     names = sorted(raw)
     for i, part in enumerate((names[:5], names[5:])):
@@ -395,3 +398,134 @@ def test_two_ranks_copy_their_parts_and_nothing_else(tmp_path: Path, monkeypatch
             assert found.keys() == dict(made[case].named_parameters()).keys()
             for name, p in made[case].named_parameters():
                 assert torch.equal(found[name], p), f"{case}: {name}"
+
+
+# ---- new heads --------------------------------------------------------------------------------------
+
+
+def test_new_heads_are_the_last_layer_once_more_and_those_there_stay(tmp_path: Path) -> None:
+    model = write_hf(tmp_path, heads=2)
+    state = add_heads(load_state(tmp_path, read_spec(tmp_path)), 4)
+    wider = MTPModel(dataclasses.replace(SMALL, heads=4))
+    stream(wider, state)
+    own, found = model.state_dict(), wider.state_dict()
+    assert state.keys() == found.keys()
+    for name, value in found.items():
+        kind, number, *rest = name.split(".")
+        source = f"heads.0.{'.'.join(rest)}" if kind == "heads" and int(number) > 1 else name
+        assert torch.equal(value, own[source]), name
+
+
+@pytest.mark.parametrize(
+    ("has", "wanted", "new", "following"),
+    [
+        (4, 4, False, None),
+        (1, 4, True, None),
+        (4, 4, True, None),
+        (1, 4, False, "--set model.heads=1, or --set model.new_heads=true"),
+        (4, 2, True, "--set model.heads=4"),
+        (4, 2, False, "--set model.heads=4"),
+    ],
+)
+def test_heads_that_a_checkpoint_lacks_are_made_on_request_only(
+    has: int, wanted: int, new: bool, following: str | None
+) -> None:
+    told = heads_refused("a-base", has, wanted, new)
+    assert (told and told[2]) == following
+    assert told is None or (f"{wanted}, but a-base has {has}" in told[0] and "model.new_heads" in told[1])
+
+
+# ---- files that contradict each other ---------------------------------------------------------------------
+
+
+def spoilt_slice(folder: Path, number: int, change: dict[str, Tensor | None]) -> None:
+    file = folder / f"consolidated.{number:02d}.pth"
+    state = torch.load(file, weights_only=True) | change
+    torch.save({k: v for k, v in state.items() if v is not None}, file)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "says"),
+    [
+        (1, {"norm.weight": torch.zeros(32)}, "norm.weight: not the same in every file"),
+        (0, {"norm.weight": None}, "norm.weight: not in consolidated.00.pth"),
+        (1, {"layers.0.attention.wo.weight": torch.zeros(31, 16)}, "wo.weight: [32, 16] and [31, 16] are not slices"),
+        (1, {"layers.0.attention.wq.weight": torch.zeros(16, 32).half()}, "wq.weight: [16, 32] and [16, 32] are not"),
+        (
+            1,
+            {"layers.0.attention.wq.weight": torch.zeros(8, 32)},
+            "layers.0.self_attn.q_proj.weight [24, 32], expected",
+        ),
+        (0, {"odd.weight": torch.zeros(3)}, "odd.weight: not in consolidated.01.pth"),
+    ],
+)
+def test_metas_slices_that_do_not_fit_are_refused_alike_by_loader_and_headers(
+    tmp_path: Path, number: int, change: dict[str, Tensor | None], says: str
+) -> None:
+    write_meta(tmp_path, 2)
+    spec = read_spec(tmp_path)
+    assert next(headers.check(headers.Folder(tmp_path), "base"))
+    spoilt_slice(tmp_path, number, change)
+    with pytest.raises(ModelError, match=re.escape(says)):
+        load_state(tmp_path, spec)
+    if "same in every" not in says:  # which needs the bytes
+        with pytest.raises(ModelError, match=re.escape(says)):
+            next(headers.check(headers.Folder(tmp_path), "base"))
+
+
+def test_a_slice_that_is_not_there_or_one_too_many_is_named(tmp_path: Path) -> None:
+    write_meta(tmp_path, 4)
+    spec = read_spec(tmp_path)
+    (tmp_path / "consolidated.02.pth").rename(tmp_path / "away")
+    with pytest.raises(ModelError, match=r"consolidated\.02\.pth: not there"):
+        load_state(tmp_path, spec)
+    (tmp_path / "away").rename(tmp_path / "consolidated.pth")
+    with pytest.raises(ModelError, match=r"consolidated\.00\.pth: beside consolidated\.pth"):
+        load_state(tmp_path, spec)
+
+
+def indexed(folder: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return found
+
+
+def lacking(folder: Path) -> str:
+    key, file = next(iter(indexed(folder).items()))
+    save_file({k: v for k, v in load_file(folder / file).items() if k != key}, folder / file)
+    return f"{key}: not in {file}, where the index has it"
+
+
+def twice(folder: Path) -> str:
+    (key, file), *_ = indexed(folder).items()
+    other = max(indexed(folder).values())
+    save_file(load_file(folder / other) | {key: load_file(folder / file)[key]}, folder / other)
+    return f"{key}: in {file} and in {other}"
+
+
+def unnamed(folder: Path) -> str:
+    save_file({"a": torch.zeros(1)}, folder / "model-00099-of-00099.safetensors")
+    return "model-00099-of-00099.safetensors: a shard that model.safetensors.index.json does not name"
+
+
+def no_floats(folder: Path) -> str:
+    key = "model.layers.0.mlp.up_proj.weight"
+    file = indexed(folder)[key]
+    state = load_file(folder / file)
+    save_file(state | {key: state[key].to(torch.float8_e4m3fn)}, folder / file)
+    return "float8_e4m3fn layers.0.mlp.up_proj.weight, expected float32, bfloat16 or float16"
+
+
+@pytest.mark.parametrize("spoil", [lacking, twice, unnamed, no_floats])
+def test_shards_that_contradict_are_refused_alike_by_loader_and_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], str]
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 20_000)
+    write_hf(tmp_path)
+    assert next(headers.check(headers.Folder(tmp_path), "base"))
+    says = spoil(tmp_path)
+    for look in (
+        lambda: load_state(tmp_path, read_spec(tmp_path)),
+        lambda: next(headers.check(headers.Folder(tmp_path), "base")),
+    ):
+        with pytest.raises(ModelError, match=re.escape(says)):
+            look()

@@ -42,7 +42,7 @@ from wmtp.runfile import MODEL_GB
 from wmtp.sources import DataError, described, read_records, refuse_evaluation
 from wmtp.train import die_with_parent, rows_per_step, total_steps
 from wmtp.vocab import EXPECTED, VocabError, Vocabulary, compare
-from wmtp.weights import read_spec
+from wmtp.weights import heads_refused, read_spec
 
 AWKWARD = (
     "",
@@ -146,9 +146,11 @@ class Models:
 def check_shapes(recipe: settings.Recipe, models: dict[str, Model]) -> Iterator[Finding]:
     """What the trainer would refuse once the models are there."""
     base = models["base"]
-    if base.proved and base.spec and base.spec.heads != recipe.model.heads:
-        what = f"model.heads: {recipe.model.heads}, but {base.name} has {base.spec.heads}"
-        yield Finding(5, FAIL, "heads", what, f"model.heads: {base.spec.heads}", "heads are what the checkpoint has")
+    if base.proved and base.spec:
+        told = heads_refused(base.name, base.spec.heads, recipe.model.heads, recipe.model.new_heads)
+        if told:
+            what, rule, following = told
+            yield Finding(5, FAIL, "heads", what, following, rule)
     longest = max(recipe.data.train.max_length, recipe.data.eval.max_length)
     for model in models.values():
         # Meta's files do not say how many positions they were made for.
@@ -450,7 +452,7 @@ def check_disk(config: settings.Config, recipe: settings.Recipe, models: dict[st
     if spec is None or None in sizes:
         return Finding(4, NOT, subject, "sizes of the models are not known here")
     checkpoints = config.paths.checkpoints
-    one = 3 * memory.whole_bytes(spec)
+    one = 3 * memory.whole_bytes(dataclasses.replace(spec, heads=recipe.model.heads))
     kept = checkpoints.keep_last + 1
     need = sum(size or 0 for size in sizes) + kept * one + (one // 3 if checkpoints.save_final else 0)
     detail = (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import datetime
 import json
 import math
@@ -64,7 +65,7 @@ from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
 from wmtp.watch import Watch
-from wmtp.weights import Stored, load_state, read_spec, stream, value_head_state
+from wmtp.weights import Stored, add_heads, heads_refused, load_state, read_spec, stream, value_head_state
 
 NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 
@@ -203,7 +204,7 @@ def build_model(
     """The model that is trained, with its value head where the algorithm needs one."""
     model = planned_model(config, recipe, spec, weighting)
     fresh = value_head_state(spec) if weighting.needs_value else {}
-    fill(model, {**load_state(folder, spec), **fresh}, config, place)
+    fill(model, add_heads(load_state(folder, read_spec(folder)), spec.heads) | fresh, config, place)
     model.train()
     return model
 
@@ -279,12 +280,10 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         wait_for(args.after, stop)
         progress.phases.done("models")
     base = local_path(config.paths.models.base, "paths.models.base")
-    name, spec = args.run_name or recipe.run.name, read_spec(base)
-    if spec.heads != recipe.model.heads:
-        raise BadInput(
-            f"model.heads: {recipe.model.heads}, but {base} has {spec.heads}; rule: heads must be what the "
-            f"checkpoint has; next: --set model.heads={spec.heads}"
-        )
+    name, own = args.run_name or recipe.run.name, read_spec(base)
+    if told := heads_refused(str(base), own.heads, recipe.model.heads, recipe.model.new_heads):
+        raise BadInput("{}; rule: {}; next: {}".format(*told))
+    spec = dataclasses.replace(own, heads=recipe.model.heads)
     if args.dry_run:
         with torch.device("meta"):
             millions = sum(p.numel() for p in MTPModel(spec).parameters()) / 1e6
@@ -294,6 +293,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     torch.manual_seed(config.seed)
     sharding = config.devices.fsdp.sharding if config.devices.fsdp.enabled and place.world > 1 else "off"
     say(f"train     {name}: {recipe.train.algo}, {place.world} rank(s) on {place.device.type}, fsdp {sharding}")
+
+    if own.heads < spec.heads:
+        say(f"train     new heads: {own.heads} to {spec.heads - 1} begin as copies of the last layer of {base.name}")
 
     kind, where = PathResolver().resolve(config.paths.checkpoints.base_path)
     disk = Path(where) if kind == "file" else Path(PathResolver().resolve("file:///app/checkpoints")[1])
@@ -425,9 +427,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             starved = starved + 1 if figures["w_mean_head_0"] < 0.3 else 0
             if starved == 10:
                 say("weights   warn  head 0 has weighed less than 0.3 for 10 steps: the next token is hardly trained")
-            told = step % config.log_interval == 0 or step in (1, total)
-            pace.show(step, figures, told)
-            if told:
+            kept = step % config.log_interval == 0 or step in (1, total)
+            pace.show(step, figures, kept)
+            if kept:
                 tracker.log(step, figures)
         stopping = seen.stop and step < total
         if held and step % recipe.eval.interval == 0 and step < total and not stopping:

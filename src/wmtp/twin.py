@@ -149,7 +149,8 @@ def make_world(app: Path, config: settings.Config, recipe: settings.Recipe, orig
         except ModelError:  # not on this machine: the plan's, or Llama's architecture as all of these
             assumed = ROOT / "configs" / "shapes" / Path(uri).name
             spec = read_spec(assumed if assumed.is_dir() else ROOT / "configs" / "shapes" / "llama-7b-mtp")
-        spec = dataclasses.replace(spec, heads=recipe.model.heads)
+        lacks = recipe.model.new_heads and spec.heads < recipe.model.heads
+        spec = spec if lacks else dataclasses.replace(spec, heads=recipe.model.heads)
         write_model(app / "models" / role, role, shrunken(spec, vocab), app / "tokenizer", seed)
 
 
@@ -297,7 +298,8 @@ def predict(argv: list[str], app: Path) -> Future[Peak]:
     """The peak of a step by `wmtp.memory`, for what the ranks load by ``argv``."""
     sets = [argv[i + 1] for i, word in enumerate(argv) if word == "--set"]
     config, recipe = settings.load_pair(argv[1], argv[3], sets, env="test")
-    return apart(step_peak, config, recipe, read_spec(app / "models" / "base"))
+    spec = dataclasses.replace(read_spec(app / "models" / "base"), heads=recipe.model.heads)
+    return apart(step_peak, config, recipe, spec)
 
 
 def lived(config_file: str, recipe_file: str, overrides: list[str], env: str) -> tuple[bool, str, float]:

@@ -105,11 +105,6 @@ def _meta_spec(folder: Path, embedding_rows: Callable[[], int] | None) -> ModelS
     vocab = int(params.get("vocab_size", -1))
     if vocab < 0:
         vocab = embedding_rows() if embedding_rows else mapped_tensors(folder)["tok_embeddings.weight"].shape[0]
-    # Meta's rule for the feed-forward width, which their files leave implicit.
-    width = int(2 * 4 * dim / 3)
-    if params.get("ffn_dim_multiplier") is not None:
-        width = int(params["ffn_dim_multiplier"] * width)
-    multiple = int(params.get("multiple_of", 256))
     return ModelSpec(
         layout="meta",
         heads=heads,
@@ -117,12 +112,20 @@ def _meta_spec(folder: Path, embedding_rows: Callable[[], int] | None) -> ModelS
         trunk_layers=n_layers - heads,
         n_heads=n_heads,
         n_kv_heads=int(params.get("n_kv_heads") or n_heads),
-        intermediate=multiple * -(-width // multiple),
+        intermediate=feed_forward_width(dim, int(params.get("multiple_of", 256)), params.get("ffn_dim_multiplier")),
         vocab_size=vocab,
         norm_eps=float(params.get("norm_eps", 1e-5)),
         rope_theta=float(params.get("rope_theta", 10000.0)),
         max_positions=int(params.get("max_seq_len", 4096)),
     )
+
+
+def feed_forward_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Meta's rule, which their files leave implicit."""
+    width = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * -(-width // multiple_of)
 
 
 def _hf_spec(folder: Path) -> ModelSpec:
@@ -433,6 +436,23 @@ def model_state(folder: Path | str, spec: ModelSpec, raw: Mapping[str, Stored]) 
     with torch.device("meta"):
         _compare(folder, MTPModel(spec), state, unexpected)
     return state
+
+
+def heads_refused(name: str, has: int, wanted: int, new_heads: bool) -> tuple[str, str, str] | None:
+    """What is wrong, the rule, the next step, where ``wanted`` heads can't be had of a checkpoint with ``has``."""
+    if has == wanted or (has < wanted and new_heads):
+        return None
+    return (
+        f"model.heads: {wanted}, but {name} has {has}",
+        "heads are what the checkpoint has; model.new_heads makes those that it lacks of its last layer",
+        f"--set model.heads={has}" + (", or --set model.new_heads=true" if has < wanted else ""),
+    )
+
+
+def add_heads(state: Mapping[str, Stored], heads: int) -> dict[str, Stored]:
+    """``state`` with ``heads`` heads: those that it lacks are the model's last layer, head 0, once more."""
+    last = {key.removeprefix("heads.0."): stored for key, stored in state.items() if key.startswith("heads.0.")}
+    return {f"heads.{k}.{part}": stored for k in range(heads) for part, stored in last.items()} | {**state}
 
 
 def value_head_state(spec: ModelSpec) -> dict[str, Stored]:
