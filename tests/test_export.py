@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_model import SMALL, lively  # type: ignore[import-not-found]  # beside this file
+from test_weights import write_hf, write_meta  # type: ignore[import-not-found]  # beside this file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wmtp import export as export_module
-from wmtp.export import export_hf
+from wmtp.export import export_hf, main
 from wmtp.model import MTPModel
 from wmtp.weights import load_model, load_state, read_spec
 
@@ -54,3 +55,81 @@ def test_export_of_a_tied_model_with_grouped_keys(tmp_path: Path) -> None:
         expected = model.lm_head.logits(model.hidden(x, torch.zeros_like(x))[:, :, 0])
         torch.testing.assert_close(llama(x).logits, expected, atol=1e-5, rtol=1e-4)
     load_model(tmp_path, "cpu")
+
+
+# ---- there and back ---------------------------------------------------------------------------------
+
+
+def converted(source: Path, target: Path, layout: str) -> Path:
+    assert main(["--from", str(source), "--to", str(target), "--layout", layout]) == 0
+    return target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_to_hugging_face_and_back_returns_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 20_000)
+    first = tmp_path / "meta"
+    first.mkdir()
+    write_meta(first)
+    given = {k: v.to(dtype) for k, v in torch.load(first / "consolidated.pth", weights_only=True).items()}
+    torch.save(given, first / "consolidated.pth")
+    between = converted(first, tmp_path / "hf", "hf")
+    assert len(list(between.glob("model-*.safetensors"))) > 1
+    for other in (converted(between, tmp_path / "back", "meta"), converted(first, tmp_path / "same", "meta")):
+        found = torch.load(other / "consolidated.pth", weights_only=True)
+        assert found.keys() == given.keys()
+        for name, value in given.items():
+            assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+            assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+        assert dataclasses.replace(read_spec(other), max_positions=0) == dataclasses.replace(
+            read_spec(first), max_positions=0
+        )
+
+
+def test_slices_are_joined_on_the_way_out(tmp_path: Path) -> None:
+    source = tmp_path / "slices"
+    source.mkdir()
+    model = write_meta(source, 2)
+    found = load_state(converted(source, tmp_path / "hf", "hf"), read_spec(tmp_path / "hf"))
+    assert all(torch.equal(found[name].whole(), p) for name, p in model.named_parameters())
+
+
+def test_a_card_names_base_heads_and_licences_and_brings_them(tmp_path: Path) -> None:
+    source, target = tmp_path / "a-base", tmp_path / "out"
+    source.mkdir()
+    write_meta(source)
+    (source / "LICENSE.txt").write_text("theirs")
+    (source / "USE_POLICY.md").write_text("no harm")
+    (source / "README.md").write_text("---\nlanguage: en\nlicense: llama2\n---\n# A base\n")
+    (source / "generation_config.json").write_text('{"max_length": 7}')
+    card = (converted(source, target, "hf") / "README.md").read_text()
+    assert card.startswith("---\nlicense: llama2\n---\n# a-base, with 3 heads\n".replace("---\n#", "---\n\n#"))
+    assert "2 layers and 3 heads" in card and "Made of `a-base`" in card and "`LICENSE.txt`, `USE_POLICY.md`" in card
+    assert (target / "LICENSE.txt").read_text() == "theirs" and (target / "USE_POLICY.md").exists()
+    assert (target / "generation_config.json").read_text() == '{"max_length": 7}'
+    (source / "README.md").write_text("# no front\nlicense: none\n")
+    export_hf(load_state(source, read_spec(source)), read_spec(source), target, source, ["Trained for 3 steps with x."])
+    card = (target / "README.md").read_text()
+    assert card.startswith("# a-base") and "See the source" in card and "Trained for 3 steps with x." in card
+
+
+def test_what_can_not_be_written_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "tied", tmp_path / "out"
+    source.mkdir()
+    write_hf(source, tied=True)
+
+    def refused(*words: str) -> None:
+        assert main(["--from", str(source), "--to", str(target), "--layout", "meta"]) == 2
+        told = capsys.readouterr().err
+        assert all(word in told for word in ("export    FAIL", "rule  ", "next  ", *words))
+
+    refused("tied unembedding", "--layout hf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tied"]
+    target.mkdir()
+    refused("out: is there")
+    target.rmdir()
+    (source / "model.safetensors").unlink()
+    refused("no weights")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tied"]

@@ -468,7 +468,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             model, held, weighting, tokenizer, scores.get("eval"), checkpoints, tracker, f"{name}, step {step}", place
         )
     if config.paths.checkpoints.save_final:
-        export(model, spec, checkpoints, base, place)
+        export(model, spec, checkpoints, base, place, f"Trained for {step} steps with {recipe.train.algo}.")
     progress.close()
     tracker.finish("FINISHED")
     if record and args.summary:
@@ -508,13 +508,13 @@ def leave_out(step: int, state: dict[str, Any], why: str) -> None:
         raise RuntimeError(f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}")
 
 
-def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Path, place: Place) -> None:
+def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Path, place: Place, told: str) -> None:
     """The trained model as a Hugging Face folder ``final`` beside the checkpoints, and in the bucket. Collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_model_state_dict(model, options=options)
     if place.rank == 0:
         staging, final = checkpoints.folder / ".step-final", checkpoints.folder / "final"
-        export_hf(whole, spec, staging, base)
+        export_hf(whole, spec, staging, base, [told])
         checkpoints.finish(staging, final)
         checkpoints.upload(final)
 
