@@ -22,10 +22,10 @@ from wmtp.config import load_recipe
 from wmtp.data import Batches, pack
 from wmtp.model import ModelSpec, MTPModel, RewardModel
 from wmtp.objective import weight_statistics
+from wmtp.optim import adamw
 from wmtp.ranks import Place
 from wmtp.scoring import last_tokens
 from wmtp.step import Weighting, clip, share_of, train_step
-from wmtp.train import adamw
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "configs"
 PLACE = Place(torch.device("cpu"))

@@ -38,12 +38,12 @@ from wmtp.data import Batches, Rows, pack  # noqa: E402
 from wmtp.heatmap import token_weights  # noqa: E402
 from wmtp.model import ModelSpec, MTPModel  # noqa: E402
 from wmtp.objective import align_next  # noqa: E402
+from wmtp.optim import adamw, learning_rate  # noqa: E402
 from wmtp.outcome import Stop  # noqa: E402
 from wmtp.pretrain import pretrain_value_head  # noqa: E402
 from wmtp.ranks import Place  # noqa: E402
 from wmtp.scoring import last_tokens, zscored  # noqa: E402
 from wmtp.step import Weighting, clip, micro_of, share_of, train_step  # noqa: E402
-from wmtp.train import adamw, learning_rate  # noqa: E402
 
 PLACE = Place(torch.device("cpu"))
 SIGNAL, NOISE, FIRST = 32, 32, 3

@@ -35,9 +35,10 @@ from wmtp.data import Batches, pack
 from wmtp.meter import flops_per_token
 from wmtp.model import LMHead, ModelSpec, Weighing
 from wmtp.objective import weighted_loss
+from wmtp.optim import adamw
 from wmtp.ranks import Place
 from wmtp.step import Weighting, clip_gradients, share_of, train_step
-from wmtp.train import adamw, allocate, mesh_of, planned_model
+from wmtp.train import allocate, mesh_of, planned_model
 
 ROOT = Path(__file__).parent.parent
 SPEC = ModelSpec("hf", 4, 256, 5, 4, 4, 688, 32000)

@@ -25,11 +25,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/children.bash"
 # shellcheck source=../scripts/lib/node.bash
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/node.bash"
 
-# phase NAME BEGAN: a line for the record of where the time goes.
-phase() {
-  printf '{"phase": "%s", "began": %s, "ended": %s, "by": "startup"}\n' "$1" "$2" "$(date +%s.%N)" >>"$app/logs/$RUN_NAME/phases.jsonl"
-}
-
 # stage NAME COMMAND…: one step with its seconds; its exit code is the script's.
 stage() {
   local name=$1 started=$SECONDS rc=0 began
@@ -42,26 +37,6 @@ stage() {
   ((rc == 0)) || leave "$rc" "$name ended with $rc after $((SECONDS - started)) s"
   phase "$name" "$began"
   log startup "$name ok: $((SECONDS - started)) s"
-}
-
-# leave CODE [WHAT [RULE]]: the last line says what to do.
-leave() {
-  local next
-  if [[ -n ${early:-} ]]; then kill -KILL "$early" 2>/dev/null || true; fi
-  if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}" 'a run ends with its hours, saved'; fi
-  case $1 in
-    2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
-    3) next='install or set what is named above (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, S3_BUCKET_NAME), start again' ;;
-    10) next="make room or rights in $app, or set WMTP_APP_ROOT to another folder" ;;
-    11) next='see that the bucket answers from here (S3_ENDPOINT_URL, AWS_DEFAULT_REGION), start again' ;;
-    12) next='start again: what has arrived is kept' ;;
-    13) next='publish the model again (make publish-models), start again: what is proved is kept' ;;
-    14) next='name models with one vocabulary in paths.models' ;;
-    75) next="start again with RUN_NAME=${RUN_NAME:-}: it goes on after its last step" ;;
-    130 | 143) next='start again: nothing was there to save' ;;
-    *) next="read the lines above, start again with RUN_NAME=${RUN_NAME:-}: it goes on from its newest checkpoint" ;;
-  esac
-  die "$1" "${2:-ended by a signal after $SECONDS s}" "${3:-a stage starts only when the one before it is done}" "$next"
 }
 
 # prepare: everything that is checked before the first side effect.

@@ -14,8 +14,8 @@ from wmtp.checkpoint import Checkpoints
 from wmtp.config import Config, Recipe, load_pair
 from wmtp.data import Batches, pack
 from wmtp.model import ModelSpec, MTPModel
+from wmtp.optim import adamw
 from wmtp.ranks import Place
-from wmtp.train import adamw
 
 ROOT = Path(__file__).parents[1]
 SPEC = ModelSpec("hf", 4, 32, 1, 4, 4, 64, 97)

@@ -21,8 +21,8 @@ from wmtp import train
 from wmtp.config import load_pair, load_recipe
 from wmtp.data import load_tokenizer
 from wmtp.manifest import create
+from wmtp.optim import learning_rate
 from wmtp.ranks import Place
-from wmtp.train import learning_rate
 
 RECIPE = ROOT / "tests/configs/recipe.baseline_mtp.yaml"
 ALGORITHMS = ("baseline-mtp", "rho1-wmtp", "critic-wmtp")

@@ -28,9 +28,10 @@ from torch.utils._pytree import tree_iter
 from wmtp.config import Config, Recipe
 from wmtp.model import ModelSpec, MTPModel, RewardModel
 from wmtp.objective import make_labels
+from wmtp.optim import adamw
 from wmtp.ranks import Place
 from wmtp.step import Micro, Share, Weighting, accumulate, first_pass
-from wmtp.train import adamw, allocate, die_with_parent, mesh_of, planned_model
+from wmtp.train import allocate, die_with_parent, mesh_of, planned_model
 
 T = TypeVar("T")
 GIB = 2**30

@@ -36,11 +36,12 @@ from wmtp.data import Tokenizer, load_tokenizer, pack, sides, text_digest, token
 from wmtp.headers import Bucket, BucketError, Folder, Source
 from wmtp.memory import GIB, MARGIN, Peak
 from wmtp.model import ModelError, ModelSpec
+from wmtp.optim import rows_per_step, total_steps
 from wmtp.paths import PathResolver
 from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here
 from wmtp.runfile import MODEL_GB
 from wmtp.sources import DataError, described, read_records, refuse_evaluation
-from wmtp.train import die_with_parent, rows_per_step, total_steps
+from wmtp.train import die_with_parent
 from wmtp.vocab import EXPECTED, VocabError, Vocabulary, compare
 from wmtp.weights import heads_refused, read_spec
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -40,6 +39,7 @@ from wmtp.evaluation import held_out_ce, show_weights
 from wmtp.export import export_hf
 from wmtp.model import ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, shard_units
 from wmtp.objective import weight_statistics
+from wmtp.optim import adamw, learning_rate, rows_per_step, total_steps
 from wmtp.outcome import (
     DONE,
     FAILED,
@@ -221,45 +221,6 @@ def load_sets(
     if place.rank == 0:
         place.wait()
     return sets
-
-
-def adamw(model: nn.Module, recipe: settings.Recipe) -> torch.optim.Optimizer:
-    """AdamW; norms and other vectors are not decayed; a value head has its own rate and no decay."""
-    values = [p for n, p in model.named_parameters() if n.startswith("value_head.")]
-    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("value_head.")]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.optim.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        {"params": values, "weight_decay": 0.0, "peak": recipe.critic.value_lr},
-    ]
-    first, second = recipe.optim.betas
-    return torch.optim.AdamW(
-        [{"peak": recipe.optim.lr, **group} for group in groups if group["params"]],
-        lr=recipe.optim.lr,
-        betas=(first, second),
-    )
-
-
-def rows_per_step(recipe: settings.Recipe, world: int) -> int:
-    """Rows of a global batch."""
-    return recipe.data.train.batch_size * world * recipe.train.accumulation_steps
-
-
-def total_steps(rows: int, per_step: int, recipe: settings.Recipe) -> int:
-    """Steps of the whole run, over ``rows`` rows an epoch."""
-    total = math.ceil(rows * recipe.train.num_epochs / per_step)
-    return min(total, recipe.train.max_steps or total)
-
-
-def learning_rate(step: int, total: int, recipe: settings.Recipe) -> float:
-    """Share of the peak rate in step ``step`` (counted from 1) of ``total``: linear warm-up, then down to 0."""
-    warmup = round(recipe.optim.warmup_ratio * total)
-    if step <= warmup:
-        return step / warmup
-    done = (step - warmup) / max(1, total - warmup + 1)
-    if recipe.optim.scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if recipe.optim.scheduler == "linear" else 1.0
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
