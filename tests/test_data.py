@@ -279,6 +279,7 @@ def test_a_corpus_has_another_digest_where_tokens_or_rows_are_others(tmp_path: P
     assert digest("a", "b c") == first and len(first) == 64
     others = {digest("b c", "a"), digest("a", "b d"), digest("a", "b c", max_length=64)}
     assert len(others | {first, digest("a", "b c", pack_sequences=False)}) == 5
+    assert pack([[1, 2], [3]], 4, 0, True).digest != pack([[1], [2, 3]], 4, 0, True).digest
 
 
 def test_rows_take_little_more_than_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
