@@ -35,7 +35,7 @@ begin() {
   pid=$!
   set +m
   local i
-  for ((i = 0; i < 100; i++)); do
+  for ((i = 0; i < 600; i++)); do
     [[ ! -s $CALLS.pid ]] || return 0
     sleep 0.1
   done
@@ -45,7 +45,7 @@ begin() {
 
 gone() {
   local i
-  for ((i = 0; i < 30; i++)); do
+  for ((i = 0; i < 100; i++)); do
     kill -0 "$1" 2>/dev/null || return 0
     sleep 0.1
   done

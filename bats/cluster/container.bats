@@ -46,7 +46,7 @@ started() {
   [[ $output == failed && $stderr == *'exit code 75'* ]]
   RUN_ID=stopped run -0 --separate-stderr "$tree/scripts/resume.sh"
   local i
-  for ((i = 0; i < 90; i++)); do
+  for ((i = 0; i < 300; i++)); do
     if docker logs stopped 2>&1 | grep -q 'goes on after step'; then break; fi
     sleep 1
   done

@@ -85,7 +85,7 @@ deploy() { "$tree/scripts/deploy.sh" "$@" </dev/null; }
   fault logs-stop
   STALL_S=60 setsid "$tree/scripts/deploy.sh" </dev/null >/dev/null 2>"$BATS_TEST_TMPDIR/err" 3>&- &
   local pid=$! i
-  for ((i = 0; i < 300; i++)); do
+  for ((i = 0; i < 1200; i++)); do
     if grep -q '1/6' "$BATS_TEST_TMPDIR/err"; then break; fi
     sleep 0.1
   done

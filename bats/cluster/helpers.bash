@@ -25,7 +25,7 @@ cluster_setup() {
   "$repo/.venv/bin/python" "$repo/tests/vessl_stub.py" "$stub" >"$stub.address" 2>"$stub.err" 3>&- &
   stub_pid=$!
   local i
-  for ((i = 0; i < 100; i++)); do
+  for ((i = 0; i < 600; i++)); do
     [[ ! -s $stub.address ]] || break
     sleep 0.1
   done

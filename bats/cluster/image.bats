@@ -98,13 +98,13 @@ import torch, transformers, mlflow, awscli; print(torch.__version__)"
 @test "push: killed with -9 it leaves no login behind" {
   "$tree/scripts/push.sh" <<<"$REGISTRY_TOKEN" >/dev/null 2>&1 3>&- &
   local pid=$! i
-  for ((i = 0; i < 200; i++)); do
+  for ((i = 0; i < 2400; i++)); do
     [[ ! -s $tree/build/minitest/.login/config.json ]] || break
     sleep 0.05
   done
   [[ -s $tree/build/minitest/.login/config.json ]]
   kill -KILL "$pid"
-  for ((i = 0; i < 50; i++)); do
+  for ((i = 0; i < 300; i++)); do
     [[ -e $tree/build/minitest/.login ]] || break
     sleep 0.1
   done

@@ -65,7 +65,7 @@ assert a == b, (a, b)' "$file" "$stub/runs/$NUMBER.yaml"
   fault hold-after-create
   (cd / && exec setsid "$tree/scripts/submit.sh") >/dev/null 2>&1 3>&- &
   local pid=$! i
-  for ((i = 0; i < 300 && $(runs) == 0; i++)); do sleep 0.1; done
+  for ((i = 0; i < 1200 && $(runs) == 0; i++)); do sleep 0.1; done
   [[ $(runs) == 1 ]]
   kill -KILL -- "-$pid"
   fault
@@ -175,7 +175,7 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   fault hold-before-create
   "$tree/scripts/submit.sh" >/dev/null 2>&1 3>&- &
   local pid=$! i
-  for ((i = 0; i < 300; i++)); do
+  for ((i = 0; i < 1200; i++)); do
     if grep -q create_from_yaml "$stub/requests.log" 2>/dev/null; then break; fi
     sleep 0.1
   done
