@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 import plants  # type: ignore[import-not-found]  # beside this file; pytest finds it
 import pytest
 import torch
-from runs import CONFIG, ROOT, Run  # type: ignore[import-not-found]
+from runs import CONFIG, ROOT, Run, free_port  # type: ignore[import-not-found]
 
 from wmtp import train
+from wmtp.checkpoint import Checkpoints
 from wmtp.config import load_pair, load_recipe
 from wmtp.data import load_tokenizer
 from wmtp.manifest import create
@@ -110,22 +112,68 @@ def test_lambda_zero_is_the_baseline_bit_for_bit_through_a_kill(app: Path) -> No
         assert {r["w_ess"] for r in run.records()} == {1.0}
 
 
-def test_through_torchrun_killed_ranks_follow_and_go_on(app: Path) -> None:
-    sets = ("paths.checkpoints.save_interval=6", "paths.checkpoints.save_final=false", "train.max_steps=8")
+def launcher(run: Run, *torchrun: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "wmtp.launch", *torchrun, "-m", "wmtp.train", *run.argv]
+    environment = {**os.environ, "WMTP_APP_ROOT": str(run.app), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_through_torchrun_ranks_save_when_it_is_told_to_end_follow_it_when_it_is_killed_and_go_on_on_two_nodes(
+    app: Path,
+) -> None:
+    sets = ("paths.checkpoints.save_interval=6", "paths.checkpoints.save_final=false", "train.max_steps=10")
     run = Run(app, "baseline-mtp", "r", *sets)
-    command = [sys.executable, "-m", "wmtp.launch", "--standalone", "--nproc-per-node=2", "-m", "wmtp.train", *run.argv]
-    environment = {**os.environ, "WMTP_APP_ROOT": str(app), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (run.folder / "step-6/.complete").exists():
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)  # torchrun alone: its ranks must follow it
-    killed.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0 and "goes on after step 6" in done.stderr, done.stderr
-    assert json.loads((app / "r.json").read_text())["steps"] == 8
+    one_node = ("--standalone", "--nproc-per-node=2")
+
+    def until(process: subprocess.Popen[str], path: Path, text: str = "") -> None:
+        deadline = time.monotonic() + 120
+        while not (path.exists() and text in path.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+
+    told = launcher(run, *one_node)
+    until(told, run.folder / "steps.jsonl", '"step": 2,')
+    told.terminate()
+    _, story = told.communicate(timeout=120)
+    ended = json.loads((app / "r-exit.json").read_text())
+    assert ended["code"] == 75 and ended["cause"] == "SIGTERM" and "Traceback" not in story, story
+    killed = launcher(run, *one_node)
+    until(killed, run.folder / "step-6/.complete")
+    killed.kill()  # torchrun alone: its ranks must follow it
+    _, story = killed.communicate(timeout=120)
+    assert f"goes on after step {ended['step']}" in story
+    address = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--nproc-per-node=1")
+    nodes = [launcher(run, *address, f"--node-rank={rank}") for rank in range(2)]
+    stories = "".join(node.communicate(timeout=240)[1] for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0] and "goes on after step 6" in stories, stories
+    assert json.loads((app / "r.json").read_text())["steps"] == 10
     assert run.losses() == Run(app, "baseline-mtp", "whole", *sets).whole().losses()
+
+
+def test_nodes_that_do_not_share_the_folder_of_checkpoints_are_refused(app: Path, tmp_path: Path) -> None:
+    run = Run(app, "baseline-mtp", "r", *SHORT, "paths.checkpoints.base_path=file:///app/checkpoints")
+    address = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--nproc-per-node=1")
+    (tmp_path / "other").mkdir()
+    for folder in ("models", "datasets"):
+        (tmp_path / "other" / folder).symlink_to((app / folder).resolve())
+    nodes = [launcher(run, *address, WMTP_APP_ROOT=str(root)) for root in (app, tmp_path / "other")]
+    stories = "".join(node.communicate(timeout=240)[1] for node in nodes)
+    assert json.loads((app / "r-exit.json").read_text())["code"] == 2, stories
+    assert "not the same folder on all nodes" in stories and "Traceback" not in stories
+
+
+def test_two_ranks_then_one_then_two_go_on_to_rounding(app: Path) -> None:
+    sets = ("train.max_steps=8", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false")
+    whole = Run(app, "rho1-wmtp", "whole", *sets).whole()
+    allowed = ("--allow", "train.accumulation_steps")
+    two = Run(app, "rho1-wmtp", "r", *sets, arguments=allowed)
+    one = Run(app, "rho1-wmtp", "r", *sets, "train.accumulation_steps=2", world=1, arguments=allowed)
+    kill_when(two, stepped(two, "Step", 4))
+    kill_when(one, lambda: one.log().count("Step 6/") > 0)
+    assert len(two.whole().losses()) == 8
+    assert two.log().count("goes on changed, as allowed: train.accumulation_steps: ") == 2
+    for step, loss in whole.losses().items():
+        assert float.fromhex(two.losses()[step]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
 
 
 def test_one_device_and_two_ranks_see_the_same_losses(app: Path) -> None:
@@ -189,6 +237,34 @@ def test_sigterm_saves_ends_with_75_and_goes_on(app: Path, stage: str) -> None:
         "stage 2": f"6 steps; goes on after step {ended['step']}",
     }
     assert went_on[stage] in run.log()
+
+
+@pytest.mark.parametrize("stage", ["save", "upload"])
+def test_sigterm_while_a_checkpoint_is_written_or_brought_to_the_bucket_leaves_both_whole(
+    app: Path, prefix: str, stage: str
+) -> None:
+    sets = ("train.max_steps=12", "paths.checkpoints.save_interval=3", "paths.checkpoints.save_final=false")
+    run = Run(app, "baseline-mtp", "r", *sets, f"paths.checkpoints.base_path={prefix}", "paths.checkpoints.keep_last=2")
+    folder = app / "checkpoints/r"
+    run.start()
+    deadline = time.monotonic() + 120
+    while not (folder / ".step-3").exists() if stage == "save" else "save      step 3" not in run.log():
+        assert time.monotonic() < deadline, run.log()
+        time.sleep(0.001)
+    for rank in run.ranks:
+        assert rank.pid
+        os.kill(rank.pid, signal.SIGTERM)
+    assert run.wait() == 75, run.log()
+    ended = json.loads((app / "r-exit.json").read_text())
+    shelf = Checkpoints(tmp := app / "elsewhere", f"{prefix}/r", keep_last=2, retries=3, concurrency=4, part_mb=5)
+    assert shelf.remote_steps()[-1] == ended["step"] and not tmp.joinpath("step-3").exists()
+    shutil.rmtree(folder)  # another node has nothing but the bucket
+    run.whole()
+    assert f"goes on after step {ended['step']}" in run.log()
+    whole = Run(app, "baseline-mtp", "whole", *sets).whole().losses()
+    resumed = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [float(r["wmtp_loss"]).hex() for r in resumed] == [whole[r["step"]] for r in resumed]
+    assert [r["step"] for r in resumed] == list(range(ended["step"] + 1, 13))
 
 
 # ---- scorers ---------------------------------------------------------------------------------------------------------

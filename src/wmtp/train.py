@@ -159,6 +159,24 @@ def wait_for(file: Path, stop: Stop) -> None:
         time.sleep(0.05)
 
 
+def need_shared(folder: Path, place: Place) -> None:
+    """Refuse nodes that don't see one folder: a checkpoint would have the shards of one of them. Collective."""
+    if place.world == int(os.environ.get("LOCAL_WORLD_SIZE", place.world)):
+        return
+    probe = folder / f".shared-{os.environ.get('TORCHELASTIC_RUN_ID', 'ranks')}"
+    if place.rank == 0:
+        probe.touch()
+    place.wait()
+    alone = place.any(not probe.exists())
+    if place.rank == 0:
+        probe.unlink()
+    if alone:
+        raise BadInput(
+            f"{folder}: not the same folder on all nodes; rule: all ranks write their shards of a checkpoint into one "
+            "folder; next: WMTP_APP_ROOT, or paths.checkpoints.base_path, on a file system that the nodes share"
+        )
+
+
 def mesh_of(config: settings.Config, place: Place) -> DeviceMesh | None:
     """The ranks as FSDP sees them; None where nothing is sharded. Collective."""
     if not (config.devices.fsdp.enabled and dist.is_initialized()):
@@ -275,6 +293,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         return shelf
 
     checkpoints = checkpoints_at(name)
+    need_shared(checkpoints.folder, place)
     weighting = Weighting(recipe)
     tokenizer = load_tokenizer(base)
     sets = load_sets(config, recipe, tokenizer, disk / ".tokens", place)
