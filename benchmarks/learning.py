@@ -144,7 +144,13 @@ def study(app: Path, seeds: int, steps: int) -> None:
             for head in range(SPEC.heads):
                 before, after = ([f[f"held_out_ce_{when}_heads"][head] for f in found] for when in ("before", "after"))
                 fall = [b - a for b, a in zip(before, after, strict=True)]
-                cells = [algorithm, f"{head}", f"{statistics.mean(before):.3f}", interval(after), interval(fall)]
+                cells = [
+                    algorithm,
+                    f"{head}",
+                    f"{statistics.mean(before):.3f}",
+                    interval(after).replace("+", ""),
+                    interval(fall),
+                ]
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
