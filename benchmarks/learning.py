@@ -30,7 +30,8 @@ import torch
 from pairs import interval, machine  # type: ignore[import-not-found]
 from torch import nn
 
-from wmtp.model import ModelSpec, MTPModel, export_hf
+from wmtp.export import export_hf
+from wmtp.model import ModelSpec, MTPModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "test_models"))
