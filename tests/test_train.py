@@ -163,7 +163,9 @@ def test_nodes_that_do_not_share_the_folder_of_checkpoints_are_refused(app: Path
 
 
 def test_two_ranks_then_one_then_two_go_on_to_rounding(app: Path) -> None:
-    sets = ("train.max_steps=8", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false")
+    # Evaluation before each save: what it leaves gathered must not be what is saved or stepped.
+    evaluated = ("eval.interval=2", "eval.max_batches=2")
+    sets = ("train.max_steps=8", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false", *evaluated)
     whole = Run(app, "rho1-wmtp", "whole", *sets).whole()
     allowed = ("--allow", "train.accumulation_steps")
     two = Run(app, "rho1-wmtp", "r", *sets, arguments=allowed)

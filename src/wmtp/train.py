@@ -37,7 +37,7 @@ from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
 from wmtp.evaluation import held_out_ce, show_weights
 from wmtp.export import export_hf
-from wmtp.model import ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, shard_units
+from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, shard_units
 from wmtp.objective import weight_statistics
 from wmtp.optim import adamw, learning_rate, rows_per_step, total_steps
 from wmtp.outcome import (
@@ -195,8 +195,10 @@ def allocate(model: MTPModel | RewardModel, config: settings.Config, mesh: Devic
             # A value is compared with its neighbour's: half precision would drown the difference.
             dtype = None if isinstance(unit, ValueHead) else half
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-            # full_shard frees the gathered parameters after the forward.
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=fsdp.sharding == "full_shard")
+            # full_shard frees the gathered parameters after the forward, but for those that the backward begins with.
+            first = isinstance(model, MTPModel) and fsdp.auto_wrap and (unit is model or isinstance(unit, LMHead))
+            reshard = fsdp.sharding == "full_shard" and not first
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     finish_meta(model, place.device)
 
 
