@@ -104,7 +104,7 @@ format: $(STAMP) ## rewrite what lint would only name
 	@scripts/lint.sh --fix
 
 .PHONY: soak
-soak: $(STAMP) ## long: interrupt the mini-test in each stage, by Ctrl-C and kill -9 (ALGO= SEED=)
+soak: $(STAMP) ## long: kill training and mini-test at drawn moments, again and again (ALGO= SEED= STAGES=)
 	@scripts/soak.sh
 
 .PHONY: study

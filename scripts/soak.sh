@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Usage: [SEED=1] [ALGO=critic-wmtp] [STAGES="sync train"] [SIGNALS="INT KILL"] scripts/soak.sh
-# Interrupts `make minitest` in each of its stages, by Ctrl-C and by kill -9 of one of its processes, at seeded moments.
+# Usage: [SEED=1] [ALGO=critic-wmtp] [STAGES="training sync train"] [SIGNALS="INT KILL"] scripts/soak.sh
+# `training`: 30 kills of a run of 60 steps of each algorithm, whose losses must not change (tests/soak_train.py). Then it
+# interrupts `make minitest` in each of its stages, by Ctrl-C and by kill -9 of one of its processes, at seeded moments.
 # After each: no process of it is left, nothing half-written stands under a final name, on disk or in the bucket, and the
 # same command again goes on from what was done and ends well. Works in build/soak/, a clone of what is committed here.
 # Standard output: a line a round, then `N passed, N failed`. Exit codes: 0 all passed, 1 not.
@@ -114,8 +115,12 @@ main() {
   git clone -q "$ROOT" "$HERE/clone"
   ln -s "$ROOT/.venv" "$HERE/clone/.venv"
   touch "$ROOT/.venv/.installed" # else the clone's newer files would have it installed again, from there
-  log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
-  for stage in ${STAGES:-${ORDER[@]}}; do
+  log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
+  for stage in ${STAGES:-training ${ORDER[@]}}; do
+    if [[ $stage == training ]]; then
+      if OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/soak_train.py --seed "${SEED:-1}"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+      continue
+    fi
     for signal in ${SIGNALS:-INT KILL}; do
       if round "$stage" "$signal"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     done
