@@ -90,6 +90,9 @@ def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, al
     cut.whole()
     assert len(whole.losses()) == 12 and cut.losses() == whole.losses()
     assert "goes on after step" in cut.log()
+    made_of = json.loads((cut.folder / "step-12/trainer.json").read_text())["made_of"]
+    assert made_of["train.algo"] == algorithm and len(made_of["data"]) == 64 and made_of["rows_per_step"] == 4
+    assert [path.name for path in cut.base.glob(".scores/*-*")] == [made_of["scores"]] * (algorithm != "baseline-mtp")
     if algorithm != "baseline-mtp":
         assert "blocks were done before" in cut.log()
         weights = [record["w_ess"] for record in whole.records()]

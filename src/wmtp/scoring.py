@@ -388,16 +388,16 @@ def load_scores(
     place: Place,
     stop: Stop,
     owner: str = "",
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], str | None]:
     """What the scorer of the algorithm says of each token, `[N, S]` of each set: kept from before, or made now.
 
     A reference gives `ref_ce`; a reward model gives z-scored rewards at the documents' last tokens. The scorer's memory
-    is free again afterwards. Empty for an algorithm without a scorer. ``fill`` gives a model that was built on ``meta``
+    is free again afterwards. With the name that they are kept by; empty and None for an algorithm without a scorer. ``fill`` gives a model that was built on ``meta``
     its weights, sharded as the run is. Collective.
     """
     scorer = scorer_of(recipe)
     if scorer is None:
-        return {}
+        return {}, None
     uri, what = getattr(config.paths.models, scorer[1]), f"paths.models.{scorer[1]}"
     rows = {name: corpus.rows for name, corpus in sets.items()}
     shapes = {name: part.shape for name, part in rows.items()}
@@ -440,8 +440,8 @@ def load_scores(
         raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
     say(f"score     {named[0]} {'kept' if made else 'was kept: the scorer is not needed'}")
     if recipe.train.algo != "critic-wmtp":
-        return scores
+        return scores, named[0]
     if scorer[0] == REFERENCE:
         scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}
-        return zscored(scores, rows, longer_than=1)
-    return zscored(scores, rows)
+        return zscored(scores, rows, longer_than=1), named[0]
+    return zscored(scores, rows), named[0]

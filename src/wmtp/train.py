@@ -300,7 +300,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     tokenizer = load_tokenizer(base)
     sets = load_sets(config, recipe, tokenizer, disk / ".tokens", place)
     progress.phases.done("data")
-    scores = load_scores(
+    scores, kept_as = load_scores(
         config,
         recipe,
         tokenizer,
@@ -320,7 +320,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     # Parameters and Adam's two moments: known now, so not found out at the first save.
     checkpoints.need_room("a checkpoint", 3 * sum(local_bytes(p) for p in model.parameters()))
     optimizer = adamw(model, recipe)
-    made = made_of(config, recipe, rows_per_step=per_step, data=sets["train"].digest)
+    made = made_of(config, recipe, rows_per_step=per_step, data=sets["train"].digest, scores=kept_as)
     state: dict[str, Any] = {"held_out_before": [], "best": None, "waited": 0, "ended": False, "mlflow_run_id": None}
     state |= {"made_of": made, "not_finite": 0, "not_finite_in_a_row": 0}
     step = progress.step = checkpoints.resume(
