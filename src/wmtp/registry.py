@@ -54,7 +54,7 @@ trainer_registry = Registry(
         "critic-wmtp": "wmtp.objective:critic_wmtp",
     },
 )
-optimizer_registry = Registry("optimizer", {"adamw": "wmtp.train:adamw"})
+optimizer_registry = Registry("optimizer", {"adamw": "wmtp.optim:adamw"})
 loader_registry = Registry("loader", {"standardized-model-loader": "wmtp.weights:load_model"})
 tokenizer_registry = Registry(
     "tokenizer",
