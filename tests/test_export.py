@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import SMALL, lively  # type: ignore[import-not-found]  # beside this file
+from test_model import KINDS, SMALL, lively, written  # type: ignore[import-not-found]  # beside this file
 from test_weights import write_hf, write_meta  # type: ignore[import-not-found]  # beside this file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wmtp import export as export_module
 from wmtp.export import export_hf, main
 from wmtp.model import MTPModel
-from wmtp.weights import load_model, load_state, read_spec
+from wmtp.weights import add_heads, load_model, load_state, read_spec, stream, value_head_state
 
 # ---- export -------------------------------------------------------------------------------------
 
@@ -55,6 +55,45 @@ def test_export_of_a_tied_model_with_grouped_keys(tmp_path: Path) -> None:
         expected = model.lm_head.logits(model.hidden(x, torch.zeros_like(x))[:, :, 0])
         torch.testing.assert_close(llama(x).logits, expected, atol=1e-5, rtol=1e-4)
     load_model(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_family_comes_out_as_it_came_in(kind: str, tmp_path: Path) -> None:
+    first = written(kind, tmp_path / "in")
+    spec = read_spec(tmp_path / "in")
+    model = MTPModel(dataclasses.replace(spec, heads=3), value_head=True)
+    stream(model, add_heads(load_state(tmp_path / "in", spec), 3) | value_head_state(spec))
+    export_hf(model.state_dict(), model.spec, tmp_path / "out", tmp_path / "in")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = loaded
+    assert type(again) is type(first)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert again.config.vocab_size == 50 and again.config.max_position_embeddings == 64
+    x = torch.randint(0, 50, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x).logits, first(x).logits)
+    assert read_spec(tmp_path / "out") == model.spec
+    heads = load_model(tmp_path / "out", "cpu").hidden(x, torch.zeros_like(x))
+    assert torch.equal(heads[:, :, 1], heads[:, :, 0]) and torch.equal(heads[:, :, 2], heads[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gpt2", "model_type gpt2, tied unembedding"),
+        ("qwen3", "model_type qwen3, head_dim 10"),
+        ("llama", '"attention_bias": true'),
+        ("yarn", '"rope_type": "yarn"'),
+    ],
+)
+def test_metas_layout_has_no_words_for_other_families(
+    kind: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(kind, tmp_path / "in")
+    assert main(["--from", str(tmp_path / "in"), "--to", str(tmp_path / "out"), "--layout", "meta"]) == 2
+    told = capsys.readouterr().err
+    assert words in told and "a Llama without biases" in told and "next  --layout hf" in told
+    assert not (tmp_path / "out").exists()
 
 
 # ---- there and back ---------------------------------------------------------------------------------

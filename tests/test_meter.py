@@ -30,7 +30,17 @@ def counted(spec: ModelSpec, rows: int, length: int, recompute: bool = False) ->
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, heads=1), replace(SPEC, n_kv_heads=2), replace(SPEC, tied=True)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        replace(SPEC, heads=1),
+        replace(SPEC, n_kv_heads=2),
+        replace(SPEC, tied=True),
+        replace(SPEC, family="qwen3", n_kv_heads=2, head_dim=32),
+        replace(SPEC, family="gpt2", tied=True),
+    ],
+)
 @pytest.mark.parametrize("length", [16, 64])
 def test_operations_are_those_that_torchs_counter_sees(spec: ModelSpec, length: int) -> None:
     assert counted(spec, 2, length) == flops_per_token(spec, length) * 2 * length

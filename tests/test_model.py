@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wmtp import model as model_module
 from wmtp.model import (
+    FAMILIES,
     LMHead,
     ModelSpec,
     MTPModel,
@@ -44,8 +45,63 @@ def lively(spec: ModelSpec, seed: int = 0) -> MTPModel:
     model = MTPModel(spec)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(1.0, 0.2) if "norm" in name else p.normal_(0.0, 0.3)
+            p.normal_(1.0, 0.2) if "norm" in name or ".ln_" in name else p.normal_(0.0, 0.3)
     return model.eval()
+
+
+# ---- families: tiny models that transformers made, and saved ------------------------------------------------------
+
+ROPE = {"rope_theta": 5e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "llama3": {"head_dim": 16, "rope_parameters": ROPE | LLAMA3 | {"original_max_position_embeddings": 16}},
+    "linear": {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 3.0}, "tie_word_embeddings": True},
+    "yarn": {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "mistral": {"sliding_window": None, "rope_parameters": ROPE | {"rope_type": "default"}},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 10, "tie_word_embeddings": False},
+    "gpt2": {"n_inner": 40, "resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5},
+    "gpt2-scaled": {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+}
+
+
+def family_of(kind: str) -> str:
+    return kind.partition("-")[0] if kind.partition("-")[0] in FAMILIES else "llama"
+
+
+def written(kind: str, folder: Path) -> Any:
+    """A model of one of ``KINDS`` with lively weights, saved in ``folder`` by transformers itself."""
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 64}
+    if family_of(kind) != "gpt2":
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 48}
+    config = CONFIG_MAPPING[family_of(kind)](**sizes, **KINDS[kind])
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0, 0.2) if "norm" in name or "ln_" in name else p.normal_(0.0, 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_0_of_each_family_has_the_logits_of_transformers_and_documents_do_not_meet(
+    kind: str, tmp_path: Path
+) -> None:
+    theirs = written(kind, tmp_path)
+    ours = load_model(tmp_path, "cpu").train()  # in training: dropout would show
+    assert (ours.spec.family, ours.spec.tied) == (family_of(kind), theirs.config.tie_word_embeddings)
+    x = torch.randint(0, 50, (1, 40), generator=torch.Generator().manual_seed(1))
+    ids = (torch.arange(40) // 15)[None]
+    with torch.no_grad():
+        alone = ours.lm_head.logits(ours.hidden(x, torch.zeros_like(x))[:, :, 0])
+        torch.testing.assert_close(alone, theirs(x).logits, atol=2e-5, rtol=1e-5)
+        packed = ours.lm_head.logits(ours.hidden(x, ids)[:, :, 0])
+        for document in range(3):
+            there = ids[0] == document
+            torch.testing.assert_close(packed[:, there], theirs(x[:, there]).logits, atol=2e-5, rtol=1e-5)
 
 
 def oracle_labels(x: Tensor, document: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -130,6 +186,7 @@ def test_model_rotary_rows_score_as_metas_complex_rotation() -> None:
     g = torch.Generator().manual_seed(3)
     x, wq, wk = (torch.randn(n, 32, generator=g) for n in (7, 32, 32))
     layer = MTPModel(dataclasses.replace(SMALL, n_kv_heads=4))
+    assert layer.rotary_emb is not None
     cos, sin = layer.rotary_emb(x, position_ids=torch.arange(7)[None])
 
     def rotated(w: Tensor) -> Tensor:
@@ -246,6 +303,7 @@ def test_model_mask_rules_over_labels() -> None:
 
 def test_model_ce_is_float32_under_bf16() -> None:
     model = lively(SMALL).bfloat16()
+    assert model.rotary_emb is not None
     model.rotary_emb.float()
     x = torch.arange(6)[None]
     ids = torch.zeros_like(x)
@@ -337,7 +395,9 @@ def sharded_worker(rank: int, folder: str, cases: list[ModelSpec]) -> None:
 
 
 def test_model_two_sharded_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
-    cases = [SMALL, SMALL, dataclasses.replace(SMALL, tied=True)]
+    gpt2 = dataclasses.replace(SMALL, family="gpt2", n_kv_heads=4, max_positions=16, tied=True)
+    qwen3 = dataclasses.replace(SMALL, family="qwen3", head_dim=10)
+    cases = [SMALL, SMALL, dataclasses.replace(SMALL, tied=True), gpt2, qwen3]
     mp.spawn(sharded_worker, args=(str(tmp_path), cases), nprocs=2)
     for number, spec in enumerate(cases):
         model = lively(spec).train()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmtp.model import ModelError, ModelSpec, _llama_config
+from wmtp.model import FAMILIES, ModelError, ModelSpec, family_settings
 from wmtp.weights import (
     EXTRA_HEADS,
     META_NAMES,
@@ -56,27 +56,31 @@ def export_hf(
 ) -> None:
     """Write a Hugging Face folder: head 0 as the last layer, the other heads in ``mtp_heads.safetensors``.
 
-    ``AutoModelForCausalLM`` loads it as a plain Llama; ``read_spec`` and ``load_state`` read all its heads. Tokenizer,
-    licences and generation settings come from ``source``; ``told``: sentences of the card about how it was made.
+    ``AutoModelForCausalLM`` loads it as a plain model of its family; ``read_spec`` and ``load_state`` read all its
+    heads. Tokenizer, licences and generation settings come from ``source``; ``told``: sentences of the card about how
+    it was made.
     """
     from safetensors.torch import save_file
 
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
+    family = FAMILIES[spec.family]
+    theirs = {ours: f"{family.base}.{root}" for root, ours in family.roots.items()}
     plain: dict[str, Tensor | Stored] = {}
     extra: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.startswith("value_head."):
             continue  # no part of a language model
         if key.startswith("heads.0."):
-            plain[f"model.layers.{spec.trunk_layers}.{key.removeprefix('heads.0.')}"] = value
+            plain[f"{theirs['layers']}.{spec.trunk_layers}.{key.removeprefix('heads.0.')}"] = value
         elif key.startswith("heads."):
             extra[key] = _whole(value)
         elif key == "lm_head.weight":
             if not spec.tied:
                 plain[key] = value
         else:
-            plain[f"model.{key}"] = value
+            root, _, rest = key.partition(".")
+            plain[f"{theirs[root]}.{rest}"] = value
     shards = _shards(plain)
     for number, shard in enumerate(shards, 1):
         tensors = {key: _whole(plain[key]) for key in shard}
@@ -91,20 +95,15 @@ def export_hf(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     if extra:
         save_file(extra, folder / EXTRA_HEADS, metadata={"format": "pt"})
-    config = _llama_config(spec).to_diff_dict()
-    config |= {"architectures": ["LlamaForCausalLM"], "n_future_tokens": spec.heads}
-    config |= {"rms_norm_eps": spec.norm_eps, "tie_word_embeddings": spec.tied}
-    config |= {
-        "hidden_size": spec.hidden,
-        "num_hidden_layers": spec.trunk_layers + 1,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "intermediate_size": spec.intermediate,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_positions,
-        "rope_theta": spec.rope_theta,
+    config = family_settings(spec) | {
+        "model_type": spec.family,
+        "architectures": [family.prefix + family.causal],
+        "n_future_tokens": spec.heads,
         "dtype": str(next(iter(plain.values())).dtype).removeprefix("torch."),
     }
+    if family.rotary:  # the words of before transformers 5, which others still read
+        rope = config["rope_parameters"]
+        config |= {"rope_theta": spec.rope_theta} | ({"rope_scaling": rope} if rope["rope_type"] != "default" else {})
     if (source / "config.json").is_file():
         had = read_json(source / "config.json")
         config |= {k: had[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in had}
@@ -135,9 +134,9 @@ def write_card(source: Path, folder: Path, spec: ModelSpec, told: Sequence[str] 
         *(["---", f"license: {found[1]}", "---", ""] if found else []),
         f"# {base}, with {spec.heads} heads",
         "",
-        f"A Llama of {spec.trunk_layers} layers and {spec.heads} heads. Head `k` is one layer on these, and predicts",
-        "the token after the next `k`; head 0 is the last layer of the plain model. In Hugging Face's layout the",
-        f"others are in `{EXTRA_HEADS}`, and what does not know them loads the plain model.",
+        f"A {FAMILIES[spec.family].prefix} of {spec.trunk_layers} layers and {spec.heads} heads. Head `k` is one layer",
+        "on these, and predicts the token after the next `k`; head 0 is the last layer of the plain model. In Hugging",
+        f"Face's layout the others are in `{EXTRA_HEADS}`, and what does not know them loads the plain model.",
         "",
         f"Made of `{base}` with WMTP.",
         *told,
@@ -203,10 +202,25 @@ def _meta_order(key: str, stored: Stored, spec: ModelSpec) -> Tensor:
 def _meta_params(spec: ModelSpec, source: Path) -> dict[str, Any]:
     if (source / "params.json").is_file():
         return read_json(source / "params.json")
-    if spec.tied or feed_forward_width(spec.hidden, spec.intermediate) != spec.intermediate:
+    refused = [
+        what
+        for what, bad in (
+            (f"model_type {spec.family}", spec.family != "llama"),
+            (spec.own, spec.own != "{}"),
+            (f"head_dim {spec.head_dim}", spec.head_dim is not None),
+            ("tied unembedding", spec.tied),
+            (
+                f"intermediate_size {spec.intermediate}",
+                feed_forward_width(spec.hidden, spec.intermediate) != spec.intermediate,
+            ),
+        )
+        if bad
+    ]
+    if refused:
         raise ModelError(
-            f"{source}: " + ("tied unembedding" if spec.tied else f"intermediate_size {spec.intermediate}"),
-            "Meta's layout has an unembedding of its own, and a feed-forward width of at least 8/3 of the hidden size",
+            f"{source}: {', '.join(refused)}",
+            "Meta's layout is a Llama without biases and with plain rotary positions, an unembedding of its own, and a"
+            " feed-forward width of at least 8/3 of the hidden size",
             "--layout hf",
         )
     return {

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import re
 
-from wmtp.model import ModelSpec
+import torch
+
+from wmtp.model import ModelSpec, decoder_layers, family_config
 
 
 def flops_per_token(spec: ModelSpec, length: int) -> int:
     """Floating-point operations of training on one token of a row of ``length``: forward and backward.
 
-    `6 * P + 12 * L * S * D`, as PaLM counts them (Chowdhery et al. 2022, appendix B): 2 for each parameter that
+    `6 * P + 12 * L * S * A`, as PaLM counts them (Chowdhery et al. 2022, appendix B): 2 for each parameter that
     multiplies in the forward and 4 in the backward, with ``P`` the matrices of all `L = trunk + heads` layers and the
-    unembedding once per head; attention over the whole row, as if it were not causal. Embedding look-ups, norms, the
-    value head and the optimizer are left out, and so is recomputation: it is no progress.
+    unembedding once per head; attention, ``A`` wide over all its heads, over the whole row, as if it were not causal.
+    Embedding look-ups, norms, biases, the value head and the optimizer are left out, and so is recomputation: it is no
+    progress.
     """
-    kv = spec.hidden // spec.n_heads * spec.n_kv_heads
-    layer = 2 * spec.hidden * (spec.hidden + kv) + 3 * spec.hidden * spec.intermediate
+    with torch.device("meta"):
+        layer = sum(p.numel() for p in decoder_layers(spec, family_config(spec), [0]).parameters() if p.ndim == 2)
     layers = spec.trunk_layers + spec.heads
     multiplying = layers * layer + spec.heads * spec.hidden * spec.vocab_size
-    return 6 * multiplying + 12 * layers * length * spec.hidden
+    return 6 * multiplying + 12 * layers * length * spec.n_heads * spec.head_width
 
 
 _BF16_TFLOPS = (

@@ -1,4 +1,4 @@
-"""The multi-token-prediction model: a Llama trunk of transformers with heads beside it.
+"""The multi-token-prediction model: a trunk of transformers, Llama's or a like family's, with heads beside it.
 
 Head ``k`` is one decoder layer on the trunk's output, head 0 being the last layer of the plain model; final norm and
 unembedding are shared (Gloeckle et al. 2024). Everything that depends on transformers' signatures is in the
@@ -7,20 +7,17 @@ section "adapters". Symbols and shapes: ``B`` rows, ``S`` positions, ``H`` heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from wmtp.objective import IGNORED, align_next, baseline_mtp, value_gain, weighted_loss
 
@@ -51,29 +48,187 @@ class ModelSpec:
     rope_theta: float = 10000.0
     max_positions: int = 4096
     tied: bool = False
+    family: str = "llama"
+    """A key of `FAMILIES`."""
+    head_dim: int | None = None
+    """Width of an attention head; None: `hidden / n_heads`."""
+    own: str = "{}"
+    """JSON: what else the family's configuration says of the arithmetic, where that is not the family's default."""
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden // self.n_heads
 
 
 # ---- adapters: the only lines that know transformers' signatures ---------------------------------
 
 
-def _llama_config(spec: ModelSpec) -> LlamaConfig:
-    config = LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden,
-        intermediate_size=spec.intermediate,
-        num_hidden_layers=spec.trunk_layers + 1,
-        num_attention_heads=spec.n_heads,
-        num_key_value_heads=spec.n_kv_heads,
-        max_position_embeddings=spec.max_positions,
-        rms_norm_eps=spec.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-        tie_word_embeddings=spec.tied,
+@dataclass(frozen=True)
+class Family:
+    """How transformers names the parts of one of its causal models, for those whose layers can be called alike."""
+
+    prefix: str
+    """What the names of its classes begin with; ``layer`` and ``causal`` are what two of them end with."""
+    own: tuple[str, ...]
+    """Keys of its configuration that change the arithmetic and that no field of `ModelSpec` stands for."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that are always set so."""
+    layer: str = "DecoderLayer"
+    causal: str = "ForCausalLM"
+    rotary: bool = True
+    """False: positions are learned, and added to the embedding."""
+    layers: str = "num_hidden_layers"
+    names: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "hidden": "hidden_size",
+            "n_heads": "num_attention_heads",
+            "n_kv_heads": "num_key_value_heads",
+            "intermediate": "intermediate_size",
+            "vocab_size": "vocab_size",
+            "norm_eps": "rms_norm_eps",
+            "max_positions": "max_position_embeddings",
+            "tied": "tie_word_embeddings",
+        }
     )
+    """Field of `ModelSpec` to key of the configuration."""
+    base: str = "model"
+    roots: Mapping[str, str] = field(
+        default_factory=lambda: {"embed_tokens": "embed_tokens", "layers": "layers", "norm": "norm"}
+    )
+    """What its files call the modules under ``base``, and what they are called here."""
+
+
+FAMILIES = {
+    "llama": Family("Llama", ("hidden_act", "attention_bias", "mlp_bias")),
+    "mistral": Family("Mistral", ("hidden_act",), {"sliding_window": None}),
+    "qwen2": Family("Qwen2", ("hidden_act",)),
+    "qwen3": Family("Qwen3", ("hidden_act", "attention_bias")),
+    "gpt2": Family(
+        "GPT2",
+        ("activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+        # Dropout draws from a stream that a resumed run does not have.
+        {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        layer="Block",
+        causal="LMHeadModel",
+        rotary=False,
+        layers="n_layer",
+        names={
+            "hidden": "n_embd",
+            "n_heads": "n_head",
+            "intermediate": "n_inner",
+            "vocab_size": "vocab_size",
+            "norm_eps": "layer_norm_epsilon",
+            "max_positions": "n_positions",
+            "tied": "tie_word_embeddings",
+        },
+        base="transformer",
+        roots={"wte": "embed_tokens", "wpe": "embed_positions", "h": "layers", "ln_f": "norm"},
+    ),
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary tables that depend on the configuration alone; those of the others change with a batch's longest row."""
+
+
+def family_settings(spec: ModelSpec) -> dict[str, Any]:
+    """``spec`` in the words of its family's ``config.json``: a plain model whose last layer is head 0."""
+    family, own = FAMILIES[spec.family], json.loads(spec.own)
+    said = {key: getattr(spec, name) for name, key in family.names.items()} | {family.layers: spec.trunk_layers + 1}
+    if family.rotary:
+        rope = {"rope_type": "default"} | own.pop("rope_parameters", {}) | {"rope_theta": spec.rope_theta}
+        said |= {"head_dim": spec.head_width, "rope_parameters": rope}
+    return said | own | family.fixed
+
+
+def family_config(spec: ModelSpec) -> PreTrainedConfig:
+    config = CONFIG_MAPPING[spec.family](**family_settings(spec))
     config._attn_implementation = "sdpa"
     return config
 
 
-def _apply_layer(layer: nn.Module, hidden_bsd: Tensor, mask_b1ss: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def family_spec(content: Mapping[str, Any], name: str) -> ModelSpec:
+    """The spec of what a ``config.json`` says; ``name`` is for the messages. Raises ModelError."""
+    kind = str(content.get("model_type"))
+    family = FAMILIES.get(kind)
+    other = "choose another base model"
+    if family is None:
+        raise ModelError(f"{name}: model_type {kind}", f"a model is one of {', '.join(FAMILIES)}", other)
+    sizes = [family.names[n] for n in ("hidden", "n_heads", "vocab_size")] + [family.layers]
+    sizes += [family.names["intermediate"]] if family.rotary else []  # GPT-2 may leave it out: four times the hidden
+    missing = [key for key in sizes if not isinstance(content.get(key), int)]
+    if missing:
+        what = f"{name}: no whole number under {', '.join(missing)}"
+        raise ModelError(what, "these fix the model's shapes", "fetch the model again")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(dict(content))
+    except Exception as error:  # transformers raises half a dozen types
+        raise ModelError(
+            f"{name}: {' '.join(str(error).split())}",
+            f"a configuration of transformers' {kind}",
+            "fetch the model again",
+        ) from None
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope_type = rope.get("rope_type", "default")
+    refused = [
+        what
+        for what, bad in (
+            (f"rope_type {rope_type}", rope_type not in ROPE_TYPES),
+            (f"sliding_window {getattr(config, 'sliding_window', None)}", getattr(config, "sliding_window", None)),
+            ("layer_types with sliding_attention", "sliding_attention" in (getattr(config, "layer_types", None) or ())),
+            ("add_cross_attention", getattr(config, "add_cross_attention", False)),
+        )
+        if bad
+    ]
+    if refused:
+        raise ModelError(
+            f"{name}: {', '.join(refused)}",
+            f"every layer looks at the whole row, its rotary positions are one of {', '.join(ROPE_TYPES)}",
+            other,
+        )
+    said = {field: getattr(config, key) for field, key in family.names.items()}
+    spec = ModelSpec(
+        **{"n_kv_heads": said["n_heads"], **said, "intermediate": said["intermediate"] or 4 * said["hidden"]},
+        layout="hf",
+        heads=int(content.get("n_future_tokens", 1)),
+        trunk_layers=getattr(config, family.layers) - 1,
+        rope_theta=float(rope.pop("rope_theta", 10000.0)),
+        family=kind,
+    )
+    head_dim = getattr(config, "head_dim", None)
+    plain = CONFIG_MAPPING[kind]()
+    own = {key: getattr(config, key) for key in family.own if getattr(config, key) != getattr(plain, key)}
+    if rope_type != "default":
+        own["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
+    return replace(
+        spec,
+        head_dim=head_dim if spec.n_heads and head_dim != spec.hidden // spec.n_heads else None,
+        own=json.dumps(own, sort_keys=True),
+    )
+
+
+def _class(spec: ModelSpec, ending: str) -> Any:
+    module = importlib.import_module(f"transformers.models.{spec.family}.modeling_{spec.family}")
+    return getattr(module, FAMILIES[spec.family].prefix + ending)
+
+
+def decoder_layers(spec: ModelSpec, config: PreTrainedConfig, numbers: Iterable[int]) -> nn.ModuleList:
+    layer = _class(spec, FAMILIES[spec.family].layer)
+    return nn.ModuleList(layer(config, layer_idx=number) for number in numbers)
+
+
+def _final_norm(spec: ModelSpec) -> nn.Module:
+    norm = _class(spec, "RMSNorm") if FAMILIES[spec.family].rotary else nn.LayerNorm
+    return norm(spec.hidden, eps=spec.norm_eps)
+
+
+def _rotary(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module | None:
+    return _class(spec, "RotaryEmbedding")(config) if FAMILIES[spec.family].rotary else None
+
+
+Rotary = tuple[Tensor, Tensor] | None
+"""Cosines and sines of each position; None where positions are in the embedding."""
+
+
+def _apply_layer(layer: nn.Module, hidden_bsd: Tensor, mask_b1ss: Tensor, rotary: Rotary) -> Tensor:
     return layer(hidden_bsd, attention_mask=mask_b1ss, position_embeddings=rotary)
 
 
@@ -242,29 +397,45 @@ class ValueHead(nn.Module):
             return F.linear(hidden_bsd.float(), self.weight.float()).squeeze(-1).clone()  # FSDP warns of views
 
 
-class MTPModel(nn.Module):
+class Trunk(nn.Module):
+    """Embedding, decoder layers and final norm, of the family's own modules."""
+
+    def __init__(self, spec: ModelSpec, layers: int) -> None:
+        super().__init__()
+        config = family_config(spec)
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden)
+        self.rotary_emb = _rotary(spec, config)
+        self.embed_positions = None if self.rotary_emb else nn.Embedding(spec.max_positions, spec.hidden)
+        self.layers = decoder_layers(spec, config, range(layers))
+        self.norm = _final_norm(spec)
+
+    def embed(self, x_bs: Tensor, document_bs: Tensor) -> tuple[Tensor, Tensor, Rotary]:
+        """`[B, S, D]` before the first layer, with the attention mask and the rotary tables that all layers use."""
+        positions, mask = attention_layout(document_bs)
+        h = self.embed_tokens(x_bs)
+        if self.embed_positions is not None:
+            return h + self.embed_positions(positions), mask, None
+        assert self.rotary_emb is not None
+        return h, mask, self.rotary_emb(h, position_ids=positions)
+
+
+class MTPModel(Trunk):
     """Trunk, ``H`` heads, shared norm and unembedding; a value head where asked. May be built on ``meta``."""
 
     def __init__(self, spec: ModelSpec, value_head: bool = False) -> None:
-        super().__init__()
-        config = _llama_config(spec)
-        self.spec = spec
+        super().__init__(spec, spec.trunk_layers)
         self.checkpoint_layers = False
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(spec.trunk_layers))
-        self.heads = nn.ModuleList(LlamaDecoderLayer(config, spec.trunk_layers + k) for k in range(spec.heads))
-        self.norm = LlamaRMSNorm(spec.hidden, eps=spec.norm_eps)
+        # Each head is the last layer, by its number too: a configuration may say things of a layer by its number.
+        self.heads = decoder_layers(spec, family_config(spec), [spec.trunk_layers] * spec.heads)
         self.lm_head = LMHead(spec.hidden, spec.vocab_size)
         self.value_head = ValueHead(spec.hidden) if value_head else None
-        self.rotary_emb = LlamaRotaryEmbedding(config)
         if spec.tied:
             _tie(self)
 
-    def trunk(self, x_bs: Tensor, document_bs: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def trunk(self, x_bs: Tensor, document_bs: Tensor) -> tuple[Tensor, Tensor, Rotary]:
         """`[B, S, D]` before the heads, with the attention mask and rotary tables that the heads use too."""
-        positions, mask = attention_layout(document_bs)
-        h = self.embed_tokens(x_bs)
-        rotary = self.rotary_emb(h, position_ids=positions)
+        h, mask, rotary = self.embed(x_bs, document_bs)
         for layer in self.layers:
             h = self._layer(layer, h, mask, rotary)
         return h, mask, rotary
@@ -301,7 +472,7 @@ class MTPModel(nn.Module):
         loss, ce, w = self.lm_head(self._heads(h, mask, rotary), labels_bsh, mask_bsh, count, weighing)
         return Output(loss, ce, w, value_bs)
 
-    def _heads(self, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _heads(self, h: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
         return self.norm(torch.stack([self._layer(head, h, mask, rotary) for head in self.heads], dim=2))
 
     def _value(self, h: Tensor) -> Tensor | None:
@@ -311,7 +482,7 @@ class MTPModel(nn.Module):
             normed = self.norm(h)
         return self.value_head(normed)
 
-    def _layer(self, layer: nn.Module, h: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _layer(self, layer: nn.Module, h: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
         if self.checkpoint_layers and torch.is_grad_enabled():
             return checkpoint(_apply_layer, layer, h, mask, rotary, use_reentrant=False)
         return _apply_layer(layer, h, mask, rotary)
@@ -323,24 +494,16 @@ def _tie(model: MTPModel) -> None:
     model.lm_head.weight = weight
 
 
-class RewardModel(nn.Module):
-    """A Llama trunk with all layers of its folder, and a linear reward on the last token's state (as Starling's)."""
+class RewardModel(Trunk):
+    """A trunk with all layers of its folder, and a linear reward on the last token's state (as Starling's)."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        config = _llama_config(spec)
-        self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(spec.trunk_layers + spec.heads))
-        self.norm = LlamaRMSNorm(spec.hidden, eps=spec.norm_eps)
+        super().__init__(spec, spec.trunk_layers + spec.heads)
         self.v_head = ValueHead(spec.hidden)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(self, x_bs: Tensor, document_bs: Tensor, last_b: Tensor) -> Tensor:
         """Reward `[B]` float32: the value at position ``last_b[b]`` of each row."""
-        positions, mask = attention_layout(document_bs)
-        h = self.embed_tokens(x_bs)
-        rotary = self.rotary_emb(h, position_ids=positions)
+        h, mask, rotary = self.embed(x_bs, document_bs)
         for layer in self.layers:
             h = _apply_layer(layer, h, mask, rotary)
         ends_bd = h[torch.arange(len(h), device=h.device), last_b]
@@ -362,4 +525,4 @@ def finish_meta(model: MTPModel | RewardModel, device: torch.device | str) -> No
     if isinstance(model, MTPModel) and model.spec.tied and not hasattr(model, "unshard"):
         _tie(model)  # to_empty makes one each; FSDP keeps them one itself
     with torch.device(device):
-        model.rotary_emb = LlamaRotaryEmbedding(_llama_config(model.spec))
+        model.rotary_emb = _rotary(model.spec, family_config(model.spec))

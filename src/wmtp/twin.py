@@ -47,7 +47,7 @@ class TwinError(RuntimeError):
 
 
 def shrunken(spec: ModelSpec, vocab: int) -> ModelSpec:
-    """The same layout, heads and sharing of keys and unembedding; every size small."""
+    """The same layout, family, heads and sharing of keys and unembedding; every size small."""
     grouped = spec.n_kv_heads < spec.n_heads
     return dataclasses.replace(
         spec,
@@ -58,6 +58,7 @@ def shrunken(spec: ModelSpec, vocab: int) -> ModelSpec:
         intermediate=128,
         vocab_size=vocab,
         max_positions=max(LENGTH, 64),
+        head_dim=None if spec.head_dim is None else 32,  # not a share of the hidden size here either
     )
 
 
@@ -113,7 +114,9 @@ def write_model(folder: Path, role: str, spec: ModelSpec, tokenizer: Path, seed:
 
     def drawn(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {
-            k: torch.ones_like(v) if v.ndim < 2 else torch.randn(v.shape, generator=generator) * STD
+            k: torch.full_like(v, k.endswith("weight"))
+            if v.ndim < 2
+            else torch.randn(v.shape, generator=generator) * STD
             for k, v in model.state_dict().items()
         }
 

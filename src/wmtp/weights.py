@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, finish_meta
+from wmtp.model import FAMILIES, ModelError, ModelSpec, MTPModel, RewardModel, family_spec, finish_meta
 
 META_WEIGHTS = "consolidated.pth"
 EXTRA_HEADS = "mtp_heads.safetensors"
@@ -39,7 +39,8 @@ def read_spec(folder: Path, embedding_rows: Callable[[], int] | None = None) -> 
     if (folder / "params.json").is_file():
         spec = _meta_spec(folder, embedding_rows)
     elif (folder / "config.json").is_file():
-        spec = _hf_spec(folder)
+        path = folder / "config.json"
+        spec = family_spec(read_json(path), str(path))
     else:
         raise ModelError(
             f"{folder}: neither params.json nor config.json",
@@ -64,8 +65,8 @@ def _check_spec(folder: Path, spec: ModelSpec) -> None:
         )
         if value < least
     ]
-    if not findings and spec.hidden % (2 * spec.n_heads):
-        findings.append(f"hidden {spec.hidden} with {spec.n_heads} attention heads")
+    if not findings and (spec.head_width % 2 or (spec.head_dim is None and spec.hidden % spec.n_heads)):
+        findings.append(f"hidden {spec.hidden} with {spec.n_heads} attention heads, head_dim {spec.head_dim}")
     if not findings and spec.n_heads % spec.n_kv_heads:
         findings.append(f"{spec.n_heads} attention heads with {spec.n_kv_heads} key-value heads")
     if findings:
@@ -126,57 +127,6 @@ def feed_forward_width(dim: int, multiple_of: int, multiplier: float | None = No
     if multiplier is not None:
         width = int(multiplier * width)
     return multiple_of * -(-width // multiple_of)
-
-
-def _hf_spec(folder: Path) -> ModelSpec:
-    path = folder / "config.json"
-    config = read_json(path)
-    hidden, layers, n_heads, width, vocab = _need(
-        config,
-        path,
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "vocab_size",
-    )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    head_dim = config.get("head_dim")
-    refused = [
-        name
-        for name, bad in (
-            (f"model_type {config.get('model_type')}", config.get("model_type") != "llama"),
-            ("attention_bias", bool(config.get("attention_bias"))),
-            ("mlp_bias", bool(config.get("mlp_bias"))),
-            (f"hidden_act {config.get('hidden_act')}", config.get("hidden_act", "silu") != "silu"),
-            (
-                "scaled rotary positions",
-                rope.get("rope_type", rope.get("type", "default")) != "default",
-            ),
-            (f"head_dim {head_dim}", head_dim is not None and head_dim * n_heads != hidden),
-        )
-        if bad
-    ]
-    if refused:
-        raise ModelError(
-            f"{path}: {', '.join(refused)}",
-            "a Llama without biases and with plain rotary positions",
-            "choose another base model",
-        )
-    return ModelSpec(
-        layout="hf",
-        heads=int(config.get("n_future_tokens", 1)),
-        hidden=hidden,
-        trunk_layers=layers - 1,
-        n_heads=n_heads,
-        n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-        intermediate=width,
-        vocab_size=vocab,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-        tied=bool(config.get("tie_word_embeddings", False)),
-    )
 
 
 # ---- tensors in files ---------------------------------------------------------------------------
@@ -482,7 +432,7 @@ def _need_hf(folder: Path | str, spec: ModelSpec) -> None:
 def reward_state(folder: Path | str, spec: ModelSpec, raw: Mapping[str, Stored]) -> dict[str, Stored]:
     """`load_reward_state` of tensors that were found; they may be without data. ``folder`` is for the messages."""
     _need_hf(folder, spec)
-    state, unexpected = _rename(raw, _reward_name)
+    state, unexpected = _rename(raw, lambda key: _reward_name(key, spec))
     state.pop("lm_head.weight", None)
     with torch.device("meta"):
         _compare(folder, RewardModel(spec), state, unexpected)
@@ -515,7 +465,7 @@ def _rename(raw: Mapping[str, Stored], name_of: Callable[[str], str | None]) -> 
     state: dict[str, Stored] = {}
     unexpected = []
     for key, stored in raw.items():
-        if key.endswith(("rotary_emb.inv_freq", "rope.freqs")):
+        if key.endswith(("rotary_emb.inv_freq", "rope.freqs", ".attn.bias", ".attn.masked_bias")):
             continue  # computed, never learned
         name = name_of(key)
         if name is None or name in state:
@@ -525,13 +475,10 @@ def _rename(raw: Mapping[str, Stored], name_of: Callable[[str], str | None]) -> 
     return state, unexpected
 
 
-def _reward_name(key: str) -> str | None:
+def _reward_name(key: str, spec: ModelSpec) -> str | None:
     if key in ("v_head.weight", "score.weight"):
         return "v_head.weight"
-    if key == "lm_head.weight":
-        return key
-    found = re.fullmatch(r"(?:model|transformer)\.(.+)", key)
-    return found[1] if found else None
+    return key if key == "lm_head.weight" else _plain_name(key, spec)
 
 
 def _meta_name(key: str, spec: ModelSpec) -> str | None:
@@ -553,13 +500,14 @@ def _meta_name(key: str, spec: ModelSpec) -> str | None:
 def _hf_name(key: str, spec: ModelSpec) -> str | None:
     if key == "lm_head.weight" or re.fullmatch(r"heads\.[1-9]\d*\..+", key):
         return key
-    found = re.fullmatch(r"(?:model|transformer)\.(.+)", key)
-    if not found:
-        return None
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", found[1])
-    if layer and int(layer[1]) == spec.trunk_layers:
-        return f"heads.0.{layer[2]}"
-    return found[1]
+    name, last = _plain_name(key, spec), f"layers.{spec.trunk_layers}."
+    return f"heads.0.{name.removeprefix(last)}" if name and name.startswith(last) else name
+
+
+def _plain_name(key: str, spec: ModelSpec) -> str | None:
+    root, _, rest = re.sub(r"^(model|transformer)\.", "", key).partition(".")
+    ours = FAMILIES[spec.family].roots.get(root)
+    return ours and f"{ours}.{rest}"
 
 
 def _compare(
