@@ -330,11 +330,12 @@ def test_a_relative_path_only_for_env_test(monkeypatch: pytest.MonkeyPatch) -> N
     assert "staging" in found[0].what
 
 
-def test_rows_are_no_longer_than_a_models_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions"])
+def test_rows_are_no_longer_than_a_models_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("WMTP_APP_ROOT", str(tmp_path))
     folder = tmp_path / "models/test-rm-llama"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"max_position_embeddings": 64}')
+    (folder / "config.json").write_text(json.dumps({key: 64}))
     load_pair(LOCAL, ROOT / "tests/configs/recipe.rho1_wmtp.yaml", env="minitest")
     found = findings(load_pair, LOCAL, SMALL, env="minitest")
     assert [f.key for f in found] == ["data.train.max_length", "data.eval.max_length"]

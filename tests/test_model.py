@@ -23,6 +23,7 @@ from wmtp import model as model_module
 from wmtp.model import (
     FAMILIES,
     LMHead,
+    ModelError,
     ModelSpec,
     MTPModel,
     ValueHead,
@@ -102,6 +103,15 @@ def test_head_0_of_each_family_has_the_logits_of_transformers_and_documents_do_n
         for document in range(3):
             there = ids[0] == document
             torch.testing.assert_close(packed[:, there], theirs(x[:, there]).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_rows_longer_than_learned_positions_are_refused() -> None:
+    gpt2 = dataclasses.replace(SMALL, family="gpt2", n_kv_heads=4, max_positions=16)
+    MTPModel(gpt2).hidden(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16))
+    with pytest.raises(
+        ModelError, match=r"rows of 17, but the model has 16 positions; rule: .*; next: data.train.max_"
+    ):
+        MTPModel(gpt2).hidden(torch.zeros(1, 17, dtype=torch.long), torch.zeros(1, 17))
 
 
 def oracle_labels(x: Tensor, document: Tensor, heads: int) -> tuple[Tensor, Tensor]:

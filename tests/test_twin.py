@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,12 +11,13 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from test_model import written  # type: ignore[import-not-found]  # beside this file
 
 from wmtp import config as settings
 from wmtp import twin
 from wmtp.memory import Peak
 from wmtp.model import ModelSpec
-from wmtp.weights import read_spec
+from wmtp.weights import load_model, read_spec
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/config.vessl.yaml")
@@ -37,6 +39,9 @@ def test_the_architecture_stays_the_sizes_go() -> None:
     assert (small.vocab_size, small.trunk_layers) == (300, 2)
     grouped = twin.shrunken(ModelSpec("hf", 2, 4096, 31, 32, 8, 14336, 32000, tied=True), 300)
     assert grouped.n_kv_heads < grouped.n_heads and grouped.tied and grouped.heads == 2
+    qwen3 = ModelSpec("hf", 1, 2560, 35, 32, 8, 9728, 151936, head_dim=128, family="qwen3", own='{"a": 1}')
+    small = twin.shrunken(qwen3, 300)
+    assert (small.family, small.own, small.head_dim, small.head_width * small.n_heads) == ("qwen3", '{"a": 1}', 32, 128)
 
 
 def test_every_model_of_the_recipe_is_made(tmp_path: Path) -> None:
@@ -53,6 +58,18 @@ def test_a_recipe_whose_loss_bursts_is_found() -> None:
     code, told = lived("--recipe", BASELINE, "--set", "optim.lr=1e30", "--set", "optim.warmup_ratio=0")
     assert (code, told[0]["ok"]) == (20, False)
     assert "not finite" in told[0]["detail"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "yarn"])
+def test_a_model_of_another_family_is_drawn_small(tmp_path: Path, kind: str) -> None:
+    written(kind, tmp_path / "in")
+    spec = dataclasses.replace(twin.shrunken(read_spec(tmp_path / "in"), 60), heads=2)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    twin.write_model(tmp_path / "out", "base", spec, tokenizer, 0)
+    assert read_spec(tmp_path / "out") == spec
+    model = load_model(tmp_path / "out", "cpu")
+    assert all(bool(p.any()) != name.endswith("bias") for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from test_model import SMALL, lively  # type: ignore[import-not-found]  # beside this file
+from test_model import SMALL, lively, written  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import CONFIG_MAPPING, AutoModel
 
 from wmtp import export as export_module
 from wmtp import headers
@@ -241,15 +241,23 @@ def test_generator_is_idempotent_and_repeats_bit_for_bit(models: Path, tmp_path:
     assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
 
 
-@pytest.mark.parametrize("key", ["v_head.weight", "score.weight"])
-@pytest.mark.parametrize("prefix", ["model", "transformer"])
-def test_a_reward_is_the_value_of_transformers_last_state(tmp_path: Path, key: str, prefix: str) -> None:
-    config = LlamaConfig(
+@pytest.mark.parametrize(
+    ("family", "key", "prefix"),
+    [
+        ("llama", "v_head.weight", "model"),
+        ("llama", "score.weight", "transformer"),
+        ("mistral", "score.weight", "model"),
+        ("qwen3", "score.weight", "model"),
+    ],
+)
+def test_a_reward_is_the_value_of_transformers_last_state(tmp_path: Path, family: str, key: str, prefix: str) -> None:
+    kind: Any = CONFIG_MAPPING[family]
+    config = kind(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5,
+        num_key_value_heads=2, max_position_embeddings=32, rms_norm_eps=1e-5, sliding_window=None,
     )  # fmt: skip
     torch.manual_seed(6)
-    theirs = LlamaModel(config).eval()
+    theirs = AutoModel.from_config(config).eval()
     reward = torch.randn(1, 16)
     state = {f"{prefix}.{name}": p for name, p in theirs.state_dict().items()} | {key: reward}
     torch.save(state | {"lm_head.weight": torch.randn(50, 16)}, tmp_path / "starling.pt")
@@ -288,6 +296,34 @@ def test_a_reward_model_that_does_not_fit_is_refused(
 def test_a_base_is_no_reward_model(models: Path) -> None:
     with pytest.raises(ModelError, match="Hugging Face folder"):
         load_reward(models / "test-llama-mtp", "cpu")
+
+
+def test_a_gpt2_is_no_reward_model(tmp_path: Path) -> None:
+    written("gpt2", tmp_path)
+    with pytest.raises(ModelError, match=r"model_type gpt2; rule: .* of llama, mistral, qwen2, qwen3;"):
+        load_reward(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_old_files_of_gpt2_have_masks_and_no_prefix(tmp_path: Path, prefix: str) -> None:
+    theirs = written("gpt2", tmp_path).transformer
+    state = {f"{prefix}{name}": p for name, p in theirs.state_dict().items()}
+    for layer in range(3):
+        state[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
+        state[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = load_model(tmp_path, "cpu").state_dict()
+    assert torch.equal(found["heads.0.attn.c_attn.bias"], theirs.h[2].attn.c_attn.bias)
+    assert torch.equal(found["layers.1.mlp.c_fc.weight"], theirs.h[1].mlp.c_fc.weight)
+    assert torch.equal(found["embed_positions.weight"], theirs.wpe.weight)
+    torch.save(
+        state | {f"{prefix}h.3.ln_1.weight": torch.ones(32), "h.0.extra": torch.ones(1)}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.raises(
+        ModelError, match=r"2 tensors don't fit:\n  unexpected layers.0.extra\n  unexpected layers.3.ln_1"
+    ):
+        load_model(tmp_path, "cpu")
 
 
 # ---- every rank its part ----------------------------------------------------------------------------

@@ -1300,7 +1300,7 @@ def _pair_rules(config: Config, recipe: Recipe, config_tree: Tree, recipe_tree: 
 
 
 def _positions(uri: str) -> int | None:
-    """`max_position_embeddings` of a model that is here; None where that isn't known."""
+    """How long a row of a model that is here may be (GPT-2 says `n_positions`); None where that isn't known."""
     kind, path = PathResolver().resolve(uri)
     if kind != "file":
         return None
@@ -1308,7 +1308,7 @@ def _positions(uri: str) -> int | None:
         known = json.loads((Path(path) / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    found = known.get("max_position_embeddings") if isinstance(known, dict) else None
+    found = known.get("max_position_embeddings", known.get("n_positions")) if isinstance(known, dict) else None
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 

@@ -125,6 +125,8 @@ FAMILIES = {
         roots={"wte": "embed_tokens", "wpe": "embed_positions", "h": "layers", "ln_f": "norm"},
     ),
 }
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+"""The special tokens are the tokenizer's; those that a family assumes may lie outside of a small vocabulary."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary tables that depend on the configuration alone; those of the others change with a batch's longest row."""
 
@@ -140,7 +142,7 @@ def family_settings(spec: ModelSpec) -> dict[str, Any]:
 
 
 def family_config(spec: ModelSpec) -> PreTrainedConfig:
-    config = CONFIG_MAPPING[spec.family](**family_settings(spec))
+    config = CONFIG_MAPPING[spec.family](**family_settings(spec), **NO_TOKENS)
     config._attn_implementation = "sdpa"
     return config
 
@@ -159,7 +161,7 @@ def family_spec(content: Mapping[str, Any], name: str) -> ModelSpec:
         what = f"{name}: no whole number under {', '.join(missing)}"
         raise ModelError(what, "these fix the model's shapes", "fetch the model again")
     try:
-        config = CONFIG_MAPPING[kind].from_dict(dict(content))
+        config = CONFIG_MAPPING[kind].from_dict({**content, **NO_TOKENS})
     except Exception as error:  # transformers raises half a dozen types
         raise ModelError(
             f"{name}: {' '.join(str(error).split())}",
@@ -415,6 +417,12 @@ class Trunk(nn.Module):
         positions, mask = attention_layout(document_bs)
         h = self.embed_tokens(x_bs)
         if self.embed_positions is not None:
+            if x_bs.shape[1] > self.spec.max_positions:  # a GPU would only say that it was asked for what is not there
+                raise ModelError(
+                    f"rows of {x_bs.shape[1]}, but the model has {self.spec.max_positions} positions",
+                    "a row is at most as long as the model's positions",
+                    f"data.train.max_length and data.eval.max_length: at most {self.spec.max_positions}",
+                )
             return h + self.embed_positions(positions), mask, None
         assert self.rotary_emb is not None
         return h, mask, self.rotary_emb(h, position_ids=positions)

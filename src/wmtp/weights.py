@@ -421,10 +421,11 @@ def load_reward_state(folder: Path, spec: ModelSpec) -> dict[str, Stored]:
 
 
 def _need_hf(folder: Path | str, spec: ModelSpec) -> None:
-    if spec.layout != "hf":
+    plain = spec.layout == "hf"
+    if not plain or not FAMILIES[spec.family].rotary:
         raise ModelError(
-            f"{folder}: params.json without config.json",
-            "a reward model is a Hugging Face folder",
+            f"{folder}: {f'model_type {spec.family}' if plain else 'params.json without config.json'}",
+            f"a reward model is a Hugging Face folder of {', '.join(k for k, f in FAMILIES.items() if f.rotary)}",
             "name another in paths.models.rm",
         )
 
