@@ -22,6 +22,12 @@ check() {
   [[ $stderr == *'vocab_size 32000, expected 31000'* ]]
 }
 
+@test "vocab: the recipe says the size unless --expected does" {
+  run -14 --separate-stderr check --set model.vocab_size=50257
+  [[ $stderr == *'vocab_size 32000, expected 50257'* ]]
+  run -0 --separate-stderr check --set model.vocab_size=50257 --expected 32000
+}
+
 @test "vocab: 2 when the configuration is not there" {
   run -2 --separate-stderr "$repo/scripts/check_vocab.sh" --config nowhere.yaml --recipe nowhere.yaml
 }

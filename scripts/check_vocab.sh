@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Usage: scripts/check_vocab.sh [--config FILE --recipe FILE] [--expected 32000]
+# Usage: scripts/check_vocab.sh [--config FILE --recipe FILE] [--expected SIZE]
 # Proves that all models of the run share one vocabulary: vocab_size, and the tokenizers' pieces in order.
-# Without --config: the configuration that ENV, ALGO and LAUNCHER choose.
+# Without --config: the configuration that ENV, ALGO and LAUNCHER choose. Without --expected: the recipe's model.vocab_size.
 # Standard output: one JSON line (vocab_size, pieces, models).
 # Exit codes: 0 one vocabulary, 2 bad input, 3 a tool is missing, 13 a model is missing or unreadable, 14 vocabularies differ.
 set -Eeuo pipefail
@@ -29,7 +29,8 @@ main() {
     choose_settings "${ENV:-${ENV_MODE:-minitest}}" "${ALGO:-${WMTP_ALGO:-critic-wmtp}}"
     cd "$ROOT"
   fi
-  listed=$(python -m wmtp.config --env "${ENV:-${ENV_MODE:-}}" "${SETTINGS[@]}" --get models)
+  listed=$(python -m wmtp.config --env "${ENV:-${ENV_MODE:-}}" "${SETTINGS[@]}" --get model.vocab_size models)
+  expected=${expected:-${listed%%$'\n'*}}
   while IFS=$'\t' read -r _ name uri; do
     path=$(python -c 'import sys; from wmtp.paths import PathResolver; print(PathResolver().resolve(sys.argv[1])[1])' "$uri")
     if [[ $path == s3://* ]]; then path=${WMTP_APP_ROOT:-/app}/models/$name; fi
@@ -39,9 +40,9 @@ main() {
       continue
     fi
     models+=("$name=$path")
-  done <<<"$listed"
-  log vocab "${#models[@]} models${expected:+, $expected pieces expected}"
-  exec python -m wmtp.vocab ${expected:+--expected "$expected"} "${models[@]}"
+  done <<<"${listed#*$'\n'}"
+  log vocab "${#models[@]} models, $expected pieces expected"
+  exec python -m wmtp.vocab --expected "$expected" "${models[@]}"
 }
 
 [[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

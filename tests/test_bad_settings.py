@@ -853,7 +853,7 @@ DEFAULTS: dict[str, Any] = {
     "data.train.sources": REQUIRED, "data.train.max_length": 2048, "data.train.batch_size": 2,
     "data.train.pack_sequences": True, "data.train.allow_evaluation_data": False, "data.eval.share": 0.0,
     "data.eval.sources": [], "data.eval.max_length": 2048, "data.eval.batch_size": 2, "data.eval.pack_sequences": True,
-    "model.heads": 4, "model.new_heads": False,
+    "model.heads": 4, "model.new_heads": False, "model.vocab_size": 32000,
     "train.algo": REQUIRED, "train.full_finetune": True, "train.num_epochs": 3, "train.max_steps": None,
     "train.accumulation_steps": 1, "train.early_stopping.enabled": False, "train.early_stopping.patience": 3,
     "train.early_stopping.metric": "held_out_ce",

@@ -497,6 +497,7 @@ BOUNDS = {
         "data.eval.share": (["0", "0.5"], ["0.51", "-0.1", "half"]),
         "data.train.allow_evaluation_data": (["true"], ["yes", "1"]),
         "model.heads": (["1", "8"], ["0", "9"]),
+        "model.vocab_size": (["1"], ["0"]),
         "train.num_epochs": (["1"], ["0"]),
         "train.max_steps": (["1"], ["0", "null", "1e3"]),
         "train.accumulation_steps": (["1"], ["0"]),

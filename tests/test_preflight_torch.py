@@ -48,9 +48,9 @@ def test_one_vocabulary(tmp_path: Path) -> None:
     absent = Model("rm", None, None, "", "no answer")
     finding, _ = preflight_torch.check_tokenizers({"base": base, "rm": absent}, [], size)
     assert finding.verdict == NOT and "not of rm: no answer" in finding.detail
-    finding, tokenizer = preflight_torch.check_tokenizers({"rm": absent}, [])
+    finding, tokenizer = preflight_torch.check_tokenizers({"rm": absent}, [], size)
     assert (finding.verdict, tokenizer) == (NOT, None)
-    finding, _ = preflight_torch.check_tokenizers({"base": base}, [])  # the node's own check wants the plan's size
+    finding, _ = preflight_torch.check_tokenizers({"base": base}, [], 32000)
     assert finding.verdict == FAIL and "expected 32000" in finding.detail
 
 
@@ -108,7 +108,7 @@ def test_a_model_without_tokenizer_or_with_another_size_stated(tmp_path: Path) -
     base = model_of(tmp_path / "base", TEXTS)
     (tmp_path / "rm").mkdir()
     finding, _ = preflight_torch.check_tokenizers(
-        {"base": base, "rm": Model("rm", Folder(tmp_path / "rm"), SPEC, "")}, []
+        {"base": base, "rm": Model("rm", Folder(tmp_path / "rm"), SPEC, "")}, [], 32000
     )
     assert finding.verdict == FAIL and "holds no tokenizer" in finding.detail and finding.next
     padded = model_of(tmp_path / "padded", TEXTS, size=640)
@@ -359,15 +359,16 @@ def test_the_plans_models_have_their_shapes() -> None:
 def test_a_checks_surprise_hides_no_other_check(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def surprised(*_: object) -> None:
-        raise KeyError("tok_embeddings.weight")
+    def surprised(_models: object, _texts: object, expected: int) -> None:
+        raise KeyError(f"tok_embeddings.weight of {expected}")
 
     monkeypatch.setattr(preflight_torch, "check_tokenizers", surprised)
     arguments = ["--config", VESSL, "--env", "production", "--only", "tokenizers,data", "--offline"]
+    arguments += ["--set", "model.vocab_size=50257"]
     preflight_torch.main([*arguments, "--recipe", BASELINE])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(f["subject"], f["verdict"]) for f in found][:2] == [("tokenizers", FAIL), ("data mbpp_tiny", OK)]
-    assert "tok_embeddings.weight" in found[0]["detail"] and found[0]["next"]
+    assert "tok_embeddings.weight of 50257" in found[0]["detail"] and found[0]["next"]
 
 
 def test_a_prediction_that_the_twin_contradicts_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -765,6 +765,7 @@ class Data(Section):
 class Model(Section):
     heads: Annotated[int, Whole(ge=1, le=8)] = 4
     new_heads: Yes = False
+    vocab_size: Count = 32000
 
 
 class EarlyStopping(Section):

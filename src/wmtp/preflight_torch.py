@@ -42,7 +42,7 @@ from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WA
 from wmtp.runfile import MODEL_GB
 from wmtp.sources import DataError, described, read_records, refuse_evaluation
 from wmtp.train import die_with_parent
-from wmtp.vocab import EXPECTED, VocabError, Vocabulary, compare
+from wmtp.vocab import VocabError, Vocabulary, compare
 from wmtp.weights import heads_refused, read_spec
 
 AWKWARD = (
@@ -164,9 +164,7 @@ def check_shapes(recipe: settings.Recipe, models: dict[str, Model]) -> Iterator[
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def check_tokenizers(
-    models: dict[str, Model], texts: Sequence[str], expected: int = EXPECTED
-) -> tuple[Finding, Tokenizer | None]:
+def check_tokenizers(models: dict[str, Model], texts: Sequence[str], expected: int) -> tuple[Finding, Tokenizer | None]:
     """One vocabulary, of the size that the node wants, in all models of a recipe; the same ids for the same text."""
     found: dict[str, Tokenizer] = {}
     absent: list[Model] = []
@@ -191,7 +189,12 @@ def check_tokenizers(
         compare(vocabularies, expected)
     except VocabError as error:
         return Finding(
-            5, FAIL, subject, f"{error}{_added(vocabularies)}", "name models of one family in paths.models", rule
+            5,
+            FAIL,
+            subject,
+            f"{error}{_added(vocabularies)}",
+            "name models of one family in paths.models, or their size in model.vocab_size",
+            rule,
         ), base
     for name, tokenizer in found.items():
         for special in ("bos_id", "eos_id", "unk_id"):
@@ -524,7 +527,7 @@ def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only
     tokenizer: list[Tokenizer | None] = [None]
 
     def tokenizers() -> Iterator[Finding]:
-        finding, tokenizer[0] = check_tokenizers(needed, _first_texts(config, recipe))
+        finding, tokenizer[0] = check_tokenizers(needed, _first_texts(config, recipe), recipe.model.vocab_size)
         if "tokenizers" in only:
             yield finding
 

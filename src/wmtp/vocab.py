@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-EXPECTED = 32000  # pieces that every model of a run has, unless another number is asked for
 SIZE_FILES = ("config.json", "params.json")
 
 
@@ -89,7 +88,7 @@ def _refuse(what: str, rule: str, then: str, code: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmtp.vocab", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--expected", type=int, default=EXPECTED, help="vocab_size that every model has (32000)")
+    parser.add_argument("--expected", type=int, required=True, help="vocab_size that every model has")
     arguments = parser.parse_args(argv)
     try:
         found = []
@@ -103,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except VocabError as error:
         rule = "all models of a run share one vocabulary, in size, order and content"
-        return _refuse(str(error), rule, "name models of one family in paths.models, or --expected SIZE", 14)
+        return _refuse(
+            str(error), rule, "name models of one family in paths.models, or their size in model.vocab_size", 14
+        )
     names = ", ".join(one.name for one in found)
     print(f"vocab     ok    one vocabulary of {found[0].size} pieces in {names}", file=sys.stderr)
     digest = content_digest(found[0].pieces)
