@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_model import written  # type: ignore[import-not-found]  # beside this file
 
 from wmtp import headers, twin
 from wmtp.export import export_hf
@@ -192,6 +193,18 @@ def test_metas_layout_is_read_by_its_zip_directory(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"consolidated\.pth"):
         next(headers.check(Folder(tmp_path / "m"), "base"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_another_family_is_read_by_its_headers_and_an_unknown_one_is_named(tmp_path: Path, kind: str) -> None:
+    written(kind, tmp_path)
+    assert "2 + 1 layers of 32" in next(headers.check(Folder(tmp_path), "base"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3"}))
+    with pytest.raises(
+        ModelError, match="model_type gemma3; rule: a model is one of llama, mistral, qwen2, qwen3, gpt2"
+    ):
+        next(headers.check(Folder(tmp_path), "base"))
 
 
 def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,11 +105,13 @@ def test_a_gpus_optimizer_takes_all_tensors_at_once() -> None:
     assert gpus[OTHER] > 0.9 * gpus[WEIGHTS] and cpus.get(OTHER, 0) < 0.1 * cpus[WEIGHTS]
 
 
-def test_one_device_without_sharding() -> None:
+@pytest.mark.parametrize("family", [{}, {"family": "gpt2", "tied": True}, {"family": "qwen3", "head_dim": 96}])
+def test_one_device_without_sharding(family: dict[str, Any]) -> None:
+    spec = dataclasses.replace(SPEC, **family)
     alone = ["devices.distributed.enabled=false", "devices.fsdp.enabled=false", "launcher.resources.gpus=1"]
     alone += ["launcher.preset=gpu-a100-80g-small"]
-    found = peak("baseline_mtp", *alone, "train.accumulation_steps=1")
-    assert found.parts[WEIGHTS] == pytest.approx(memory.whole_bytes(SPEC), rel=0.01)
+    found = peak("baseline_mtp", *alone, "train.accumulation_steps=1", spec=spec)
+    assert found.parts[WEIGHTS] == pytest.approx(memory.whole_bytes(spec), rel=0.01)
 
 
 @pytest.mark.parametrize("algo", ["baseline_mtp", "rho1_wmtp", "critic_wmtp"])

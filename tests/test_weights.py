@@ -105,7 +105,7 @@ LLAMA = {
             "gemma.*one of llama, mistral, qwen2, qwen3, gpt2",
         ),
         ("config.json", json.dumps({k: v for k, v in LLAMA.items() if k != "model_type"}), "model_type None"),
-        ("config.json", json.dumps(LLAMA | {"model_type": "gpt2"}), "n_embd, n_head, n_layer"),
+        ("config.json", json.dumps(LLAMA | {"model_type": "gpt2"}), "n_layer, n_embd, n_head"),
         ("config.json", json.dumps(LLAMA | {"head_dim": 3}), "head_dim 3"),
         ("config.json", json.dumps(LLAMA | {"rms_norm_eps": "small"}), "rms_norm_eps"),
         ("config.json", json.dumps(LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2}}), "rope_type dynamic"),

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from wmtp.model import ModelSpec, decoder_layers, family_config
+from wmtp.model import ModelSpec, decoder_layers
 
 
 def flops_per_token(spec: ModelSpec, length: int) -> int:
@@ -19,7 +19,7 @@ def flops_per_token(spec: ModelSpec, length: int) -> int:
     progress.
     """
     with torch.device("meta"):
-        layer = sum(p.numel() for p in decoder_layers(spec, family_config(spec), [0]).parameters() if p.ndim == 2)
+        layer = sum(p.numel() for p in decoder_layers(spec, [0]).parameters() if p.ndim == 2)
     layers = spec.trunk_layers + spec.heads
     multiplying = layers * layer + spec.heads * spec.hidden * spec.vocab_size
     return 6 * multiplying + 12 * layers * length * spec.n_heads * spec.head_width

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +147,18 @@ def family_config(spec: ModelSpec) -> PreTrainedConfig:
     return config
 
 
+def need(content: Mapping[str, Any], name: str, *keys: str) -> list[int]:
+    """The whole numbers under ``keys``; ``name`` is for the message. Raises ModelError where one is not there."""
+    missing = [key for key in keys if not isinstance(content.get(key), int)]
+    if missing:
+        raise ModelError(
+            f"{name}: no whole number under {', '.join(missing)}",
+            "these fix the model's shapes",
+            "fetch the model again",
+        )
+    return [content[key] for key in keys]
+
+
 def family_spec(content: Mapping[str, Any], name: str) -> ModelSpec:
     """The spec of what a ``config.json`` says; ``name`` is for the messages. Raises ModelError."""
     kind = str(content.get("model_type"))
@@ -154,12 +166,10 @@ def family_spec(content: Mapping[str, Any], name: str) -> ModelSpec:
     other = "choose another base model"
     if family is None:
         raise ModelError(f"{name}: model_type {kind}", f"a model is one of {', '.join(FAMILIES)}", other)
-    sizes = [family.names[n] for n in ("hidden", "n_heads", "vocab_size")] + [family.layers]
-    sizes += [family.names["intermediate"]] if family.rotary else []  # GPT-2 may leave it out: four times the hidden
-    missing = [key for key in sizes if not isinstance(content.get(key), int)]
-    if missing:
-        what = f"{name}: no whole number under {', '.join(missing)}"
-        raise ModelError(what, "these fix the model's shapes", "fetch the model again")
+    sizes = [family.layers, *(family.names[field] for field in ("hidden", "n_heads", "vocab_size"))]
+    if family.rotary:  # GPT-2 may leave it out: four times the hidden size
+        sizes.append(family.names["intermediate"])
+    need(content, name, *sizes)
     try:
         config = CONFIG_MAPPING[kind].from_dict({**content, **NO_TOKENS})
     except Exception as error:  # transformers raises half a dozen types
@@ -186,23 +196,22 @@ def family_spec(content: Mapping[str, Any], name: str) -> ModelSpec:
             f"every layer looks at the whole row, its rotary positions are one of {', '.join(ROPE_TYPES)}",
             other,
         )
+    plain = CONFIG_MAPPING[kind]()
+    own = {key: getattr(config, key) for key in family.own if getattr(config, key) != getattr(plain, key)}
+    theta = float(rope.pop("rope_theta", 10000.0))
+    if rope_type != "default":
+        own["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
     said = {field: getattr(config, key) for field, key in family.names.items()}
-    spec = ModelSpec(
-        **{"n_kv_heads": said["n_heads"], **said, "intermediate": said["intermediate"] or 4 * said["hidden"]},
+    said = {"n_kv_heads": said["n_heads"]} | said | {"intermediate": said["intermediate"] or 4 * said["hidden"]}
+    head_dim = getattr(config, "head_dim", None)
+    return ModelSpec(
+        **said,
         layout="hf",
         heads=int(content.get("n_future_tokens", 1)),
         trunk_layers=getattr(config, family.layers) - 1,
-        rope_theta=float(rope.pop("rope_theta", 10000.0)),
+        rope_theta=theta,
         family=kind,
-    )
-    head_dim = getattr(config, "head_dim", None)
-    plain = CONFIG_MAPPING[kind]()
-    own = {key: getattr(config, key) for key in family.own if getattr(config, key) != getattr(plain, key)}
-    if rope_type != "default":
-        own["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
-    return replace(
-        spec,
-        head_dim=head_dim if spec.n_heads and head_dim != spec.hidden // spec.n_heads else None,
+        head_dim=None if head_dim is None or head_dim * said["n_heads"] == said["hidden"] else head_dim,
         own=json.dumps(own, sort_keys=True),
     )
 
@@ -212,8 +221,9 @@ def _class(spec: ModelSpec, ending: str) -> Any:
     return getattr(module, FAMILIES[spec.family].prefix + ending)
 
 
-def decoder_layers(spec: ModelSpec, config: PreTrainedConfig, numbers: Iterable[int]) -> nn.ModuleList:
-    layer = _class(spec, FAMILIES[spec.family].layer)
+def decoder_layers(spec: ModelSpec, numbers: Iterable[int]) -> nn.ModuleList:
+    """The family's decoder layers, each with its number in a plain model."""
+    layer, config = _class(spec, FAMILIES[spec.family].layer), family_config(spec)
     return nn.ModuleList(layer(config, layer_idx=number) for number in numbers)
 
 
@@ -222,8 +232,8 @@ def _final_norm(spec: ModelSpec) -> nn.Module:
     return norm(spec.hidden, eps=spec.norm_eps)
 
 
-def _rotary(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module | None:
-    return _class(spec, "RotaryEmbedding")(config) if FAMILIES[spec.family].rotary else None
+def _rotary(spec: ModelSpec) -> nn.Module | None:
+    return _class(spec, "RotaryEmbedding")(family_config(spec)) if FAMILIES[spec.family].rotary else None
 
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -404,12 +414,11 @@ class Trunk(nn.Module):
 
     def __init__(self, spec: ModelSpec, layers: int) -> None:
         super().__init__()
-        config = family_config(spec)
         self.spec = spec
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden)
-        self.rotary_emb = _rotary(spec, config)
+        self.rotary_emb = _rotary(spec)
         self.embed_positions = None if self.rotary_emb else nn.Embedding(spec.max_positions, spec.hidden)
-        self.layers = decoder_layers(spec, config, range(layers))
+        self.layers = decoder_layers(spec, range(layers))
         self.norm = _final_norm(spec)
 
     def embed(self, x_bs: Tensor, document_bs: Tensor) -> tuple[Tensor, Tensor, Rotary]:
@@ -435,7 +444,7 @@ class MTPModel(Trunk):
         super().__init__(spec, spec.trunk_layers)
         self.checkpoint_layers = False
         # Each head is the last layer, by its number too: a configuration may say things of a layer by its number.
-        self.heads = decoder_layers(spec, family_config(spec), [spec.trunk_layers] * spec.heads)
+        self.heads = decoder_layers(spec, [spec.trunk_layers] * spec.heads)
         self.lm_head = LMHead(spec.hidden, spec.vocab_size)
         self.value_head = ValueHead(spec.hidden) if value_head else None
         if spec.tied:
@@ -533,4 +542,4 @@ def finish_meta(model: MTPModel | RewardModel, device: torch.device | str) -> No
     if isinstance(model, MTPModel) and model.spec.tied and not hasattr(model, "unshard"):
         _tie(model)  # to_empty makes one each; FSDP keeps them one itself
     with torch.device(device):
-        model.rotary_emb = _rotary(model.spec, family_config(model.spec))
+        model.rotary_emb = _rotary(model.spec)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from wmtp.model import FAMILIES, ModelError, ModelSpec, MTPModel, RewardModel, family_spec, finish_meta
+from wmtp.model import FAMILIES, ModelError, ModelSpec, MTPModel, RewardModel, family_spec, finish_meta, need
 
 META_WEIGHTS = "consolidated.pth"
 EXTRA_HEADS = "mtp_heads.safetensors"
@@ -87,21 +87,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _need(content: Mapping[str, Any], path: Path, *names: str) -> list[int]:
-    missing = [n for n in names if not isinstance(content.get(n), int)]
-    if missing:
-        raise ModelError(
-            f"{path}: no whole number under {', '.join(missing)}",
-            "these fix the model's shapes",
-            "fetch the model again",
-        )
-    return [content[n] for n in names]
-
-
 def _meta_spec(folder: Path, embedding_rows: Callable[[], int] | None) -> ModelSpec:
     path = folder / "params.json"
     params = read_json(path)
-    dim, n_layers, n_heads = _need(params, path, "dim", "n_layers", "n_heads")
+    dim, n_layers, n_heads = need(params, str(path), "dim", "n_layers", "n_heads")
     heads = int(params.get("n_future_tokens", 1))
     vocab = int(params.get("vocab_size", -1))
     if vocab < 0:
