@@ -111,9 +111,9 @@ def test_a_model_without_tokenizer_or_with_another_size_stated(tmp_path: Path) -
         {"base": base, "rm": Model("rm", Folder(tmp_path / "rm"), SPEC, "")}, [], 32000
     )
     assert finding.verdict == FAIL and "holds no tokenizer" in finding.detail and finding.next
-    padded = model_of(tmp_path / "padded", TEXTS, size=640)
-    finding, _ = preflight_torch.check_tokenizers({"base": padded}, [], 640)
-    assert finding.verdict == FAIL and "its vocab_size is 640" in finding.detail
+    padded = model_of(tmp_path / "padded", TEXTS, size=641)
+    finding, _ = preflight_torch.check_tokenizers({"base": padded}, [], 641)
+    assert finding.verdict == FAIL and "its vocab_size is 641" in finding.detail
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,16 @@ def test_tokenizer_of_another_size_is_refused() -> None:
         compare([Vocabulary("base", 4, PIECES)], 4)
 
 
+def test_an_embedding_may_be_padded_to_a_multiple() -> None:
+    pieces = [str(n) for n in range(200)]
+    compare([Vocabulary("base", 256, pieces), Vocabulary("rm", 256, list(pieces))], 256)
+    with pytest.raises(VocabError, match="base and rm differ at piece 199: '199' and None"):
+        compare([Vocabulary("base", 256, pieces), Vocabulary("rm", 256, pieces[:-1])], 256)
+    for size in (201, 192, 768):
+        with pytest.raises(VocabError, match=f"has 200 pieces, its vocab_size is {size}"):
+            compare([Vocabulary("base", size, pieces)], size)
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "x", '{"vocab_size": "3"}', '{"vocab_size": 0}', '{"vocab_size": true}'])
 def test_unusable_size_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
