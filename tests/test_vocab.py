@@ -37,6 +37,8 @@ def test_an_embedding_may_be_padded_to_a_multiple() -> None:
     for size in (201, 192, 768):
         with pytest.raises(VocabError, match=f"has 200 pieces, its vocab_size is {size}"):
             compare([Vocabulary("base", size, pieces)], size)
+    with pytest.raises(VocabError, match="has 31900 pieces"):  # Llama's is whole, or it is not Llama's
+        compare([Vocabulary("base", 32000, [str(n) for n in range(31900)])], 32000)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "x", '{"vocab_size": "3"}', '{"vocab_size": 0}', '{"vocab_size": true}'])
