@@ -392,8 +392,8 @@ def load_scores(
     """What the scorer of the algorithm says of each token, `[N, S]` of each set: kept from before, or made now.
 
     A reference gives `ref_ce`; a reward model gives z-scored rewards at the documents' last tokens. The scorer's memory
-    is free again afterwards. With the name that they are kept by; empty and None for an algorithm without a scorer. ``fill`` gives a model that was built on ``meta``
-    its weights, sharded as the run is. Collective.
+    is free again afterwards. ``fill`` gives a model that was built on ``meta`` its weights, sharded as the run is. With
+    the name that the scores are kept by; empty and None for an algorithm without a scorer. Collective.
     """
     scorer = scorer_of(recipe)
     if scorer is None:

@@ -1,4 +1,4 @@
-"""Train a Llama with multi-token-prediction heads: arguments, set-up, the loop, the end, in run order.
+"""Train a model with multi-token-prediction heads: arguments, set-up, the loop, the end, in run order.
 
     python -m wmtp.train --config F --recipe F --run-name N                    one device
     torchrun --nproc-per-node 4 -m wmtp.train --config F --recipe F --run-name N

@@ -256,8 +256,14 @@ def start(argv: list[str], ranks: int, log: Path, kept: Path | None = None) -> l
 
 
 def losses(folder: Path) -> dict[int, float]:
-    lines = (folder / "steps.jsonl").read_text().splitlines()
-    return {row["step"]: row["wmtp_loss"] for row in map(json.loads, lines)}
+    """Loss of each step. Raises TwinError for one that was left out: a run may bear that, a recipe must not begin so."""
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["not_finite"]:
+            raise TwinError(
+                f"step {row['step']}: loss {row['wmtp_loss']}, gradient norm {row['grad_norm']}: not finite"
+            )
+    return {row["step"]: row["wmtp_loss"] for row in rows}
 
 
 def live(
