@@ -51,6 +51,8 @@ def test_a_tokenizer_json_with_its_special_tokens(tmp_path: Path) -> None:
     first = tokenizer.digest()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"eos_token": "[U]"}))
     assert len(first) == 64 and load_tokenizer(tmp_path).digest() != first
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"bos_token": None}))
+    assert tokenize(["one"], load_tokenizer(tmp_path)) == [[2, 3, 2]]  # as Qwen's: one token between documents
 
 
 def test_a_folder_without_or_with_a_broken_tokenizer(tmp_path: Path) -> None:

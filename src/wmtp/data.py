@@ -577,6 +577,8 @@ def _special_tokens(path: Path) -> dict[str, str]:
             value = value.get("content")
         if isinstance(value, str):
             named[key] = value
+    if "bos_token" not in named and isinstance(settings, dict) and "bos_token" in settings and "eos_token" in named:
+        named["bos_token"] = named["eos_token"]  # null, as Qwen's: what ends a document begins the next
     return named
 
 

@@ -256,7 +256,7 @@ def start(argv: list[str], ranks: int, log: Path, kept: Path | None = None) -> l
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Loss of each step. Raises TwinError for one that was left out: a run may bear that, a recipe must not begin so."""
+    """Loss of each step. Raises TwinError for one that was left out: a long run bears that, a first step must not."""
     rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     for row in rows:
         if row["not_finite"]:
