@@ -28,6 +28,20 @@ def server() -> ForkServerContext:
     return context
 
 
+def spread(function: Callable[..., None], *args: object, ranks: int = 2) -> None:
+    """Call ``function(rank, *args)`` on so many ranks, and see all of them end well."""
+    processes = [server().Process(target=function, args=(rank, *args)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    assert codes == [0] * ranks, f"ranks ended with {codes}"
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

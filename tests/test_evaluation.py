@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
 from test_step import (  # type: ignore[import-not-found]  # beside this file; pytest finds it
     CPU,
     LENGTH,
@@ -48,7 +48,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_with_three_rows_see_what_one_sees(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    spread(_rank, str(tmp_path))
     alone = figures(CPU)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

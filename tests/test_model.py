@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -408,7 +408,7 @@ def test_model_two_sharded_ranks_give_the_gradients_of_one(tmp_path: Path) -> No
     gpt2 = dataclasses.replace(SMALL, family="gpt2", n_kv_heads=4, max_positions=16, tied=True)
     qwen3 = dataclasses.replace(SMALL, family="qwen3", head_dim=10)
     cases = [SMALL, SMALL, dataclasses.replace(SMALL, tied=True), gpt2, qwen3]
-    mp.spawn(sharded_worker, args=(str(tmp_path), cases), nprocs=2)
+    spread(sharded_worker, str(tmp_path), cases)
     for number, spec in enumerate(cases):
         model = lively(spec).train()
         batch = two_rank_batch(spec)
@@ -576,7 +576,7 @@ def half_worker(rank: int, folder: str) -> None:
 
 
 def test_under_a_half_policy_scores_and_values_stay_float32(tmp_path: Path) -> None:
-    mp.spawn(half_worker, args=(str(tmp_path),), nprocs=1)
+    spread(half_worker, str(tmp_path), ranks=1)
     seen = torch.load(tmp_path / "seen.pt")
     assert seen.pop("whole"), "the reference's scores were rounded"
     assert set(seen.values()) == {torch.float32}, seen

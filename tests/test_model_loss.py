@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
 from safetensors.torch import load_file
 from test_model import SMALL, lively, oracle_labels  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor
@@ -167,7 +167,7 @@ def rank_main(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_main, args=(str(folder),), nprocs=2)
+    spread(rank_main, str(folder))
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return {name: [found[name] for found in ranks] for name in CASES}
 

@@ -11,9 +11,9 @@ import oracle  # type: ignore[import-not-found]  # beside this file; pytest find
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
 from torch import Tensor
 
 from wmtp import objective as o
@@ -190,7 +190,7 @@ def test_ranks_of_unlike_size_skip_as_one_process_does(tmp_path: Path) -> None:
     first_empty[:2] = False
     cases = {"unlike": (score, mask, 1), "half": (score, first_empty, 2), "none": (score, nothing, 2)}
     torch.save(cases, tmp_path / "in.pt")
-    mp.spawn(_skip_rank, args=(str(tmp_path),), nprocs=2)
+    spread(_skip_rank, str(tmp_path))
     for name, (s, m, _) in cases.items():
         found = torch.cat([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2)])
         assert torch.equal(found, o.token_skip_weights(s, m, skip_percentile=0.6, mix=0.8))
