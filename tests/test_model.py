@@ -192,6 +192,67 @@ def meta_attention(x: Tensor, wq: Tensor, wk: Tensor, heads: int, theta: float) 
     return torch.einsum("shd,thd->hst", rotated(wq), rotated(wk))
 
 
+def meta_forward(raw: dict[str, Tensor], params: dict[str, Any], x: list[int]) -> list[Tensor]:
+    """Logits `[S, V]` of each head by Meta's own layout, position by position: no mask, no batch, no permuted rows."""
+    heads, dim, eps = params["n_heads"], params["dim"], params["norm_eps"]
+    size = dim // heads
+    turns = params["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
+
+    def norm(v: Tensor, weight: Tensor) -> Tensor:
+        return v * torch.rsqrt(v.square().mean() + eps) * weight
+
+    def rotated(v: Tensor, position: int) -> Tensor:
+        pairs = torch.view_as_complex(v.double().reshape(heads, -1, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones(size // 2).double(), position * turns)).flatten(1)
+
+    def layer(name: str, hidden: list[Tensor]) -> list[Tensor]:
+        def w(part: str) -> Tensor:
+            return raw[f"{name}.{part}.weight"].double()
+
+        keys, values, out = [], [], []
+        for t, h in enumerate(hidden):
+            n = norm(h, w("attention_norm"))
+            q = rotated(w("attention.wq") @ n, t)
+            keys.append(rotated(w("attention.wk") @ n, t))
+            values.append((w("attention.wv") @ n).view(heads, size))
+            mixed = []
+            for head in range(heads):
+                scores = torch.stack([q[head] @ key[head] for key in keys]) / size**0.5
+                mixed.append(sum(p * v[head] for p, v in zip(scores.softmax(0), values, strict=True)))
+            h = h + w("attention.wo") @ torch.cat(mixed)
+            n = norm(h, w("ffn_norm"))
+            gate = w("feed_forward.w1") @ n
+            out.append(h + w("feed_forward.w2") @ (gate * gate.sigmoid() * (w("feed_forward.w3") @ n)))
+        return out
+
+    trunk = [raw["tok_embeddings.weight"][token].double() for token in x]
+    for number in range(params["n_layers"] - params["n_future_tokens"]):
+        trunk = layer(f"layers.{number}", trunk)
+    last = [f"layers.{params['n_layers'] - params['n_future_tokens']}"]
+    last += [f"extra_heads.{number}" for number in range(params["n_future_tokens"] - 1)]
+    output, weight = raw["output.weight"].double(), raw["norm.weight"].double()
+    return [torch.stack([output @ norm(h, weight) for h in layer(name, trunk)]) for name in last]
+
+
+def test_all_heads_have_the_logits_of_a_plain_loop_over_metas_layout(models: Path, tmp_path: Path) -> None:
+    source = models / "test-llama-mtp"
+    params = json.loads((source / "params.json").read_text())
+    generator = torch.Generator().manual_seed(5)
+    raw = {  # livelier than a new model's: every part must matter
+        name: 1 + 0.2 * torch.randn(t.shape, generator=generator) if t.dim() == 1 else 8 * t
+        for name, t in torch.load(source / "consolidated.pth", weights_only=True).items()
+    }
+    torch.save(raw, tmp_path / "consolidated.pth")
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    model = load_model(tmp_path, "cpu").eval()
+    x = torch.randint(0, 32000, (1, 9), generator=generator)
+    with torch.no_grad():
+        ours = model.lm_head.logits(model.hidden(x, torch.zeros_like(x)))[0]
+    for head, theirs in enumerate(meta_forward(raw, params, x[0].tolist())):
+        assert theirs.std() > 0.5
+        torch.testing.assert_close(ours[:, head], theirs.float(), atol=2e-4, rtol=1e-4)
+
+
 def test_model_rotary_rows_score_as_metas_complex_rotation() -> None:
     g = torch.Generator().manual_seed(3)
     x, wq, wk = (torch.randn(n, 32, generator=g) for n in (7, 32, 32))

@@ -38,6 +38,12 @@ def test_what_is_allowed_by_name_goes_on_and_is_told(capsys: pytest.CaptureFixtu
         refuse_changes(made(), made("optim.lr=0.5", "optim.grad_clip=2"), ["optim.lr"], 1)
 
 
+def test_other_rows_a_step_are_refused_whatever_is_allowed() -> None:
+    with pytest.raises(BadInput, match=r"rows_per_step: 4 -> 8 \(ranks x") as refused:
+        refuse_changes(made(rows_per_step=4), made(rows_per_step=8), ["rows_per_step"], 1)
+    assert "ALLOW" not in str(refused.value)
+
+
 @pytest.mark.parametrize("free", ["run.name=other", "eval.interval=3", "eval.max_batches=1", "log_interval=9"])
 def test_what_no_step_depends_on_may_change(free: str) -> None:
     refuse_changes(made(), made(free), [], 1)

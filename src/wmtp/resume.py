@@ -10,6 +10,8 @@ from wmtp.outcome import BadInput, say
 
 FREE = ("run.name", "run.tags", "eval.", "pretrain.save_value_head")
 """Keys of a recipe that no step depends on: names, and how often is looked."""
+FIXED = ("rows_per_step",)
+"""What can't be allowed: which rows were seen is known by the number of the step."""
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -32,12 +34,15 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     absent = "not set"
     changed = [key for key in sorted({*before, *now}) if before.get(key, absent) != now.get(key, absent)]
     lines = {key: f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}" for key in changed}
-    if refused := [key for key in changed if key not in allowed]:
+    if refused := [key for key in changed if key not in allowed or key in FIXED]:
+        may = " ".join(key for key in refused if key not in FIXED)
+        told = [lines[key] + (" (ranks x batch size x accumulation)" if key in FIXED else "") for key in refused]
         raise BadInput(
             f"the checkpoint of step {step} was made otherwise:\n  "
-            + "\n  ".join(lines[key] for key in refused)
-            + "\n; rule: a run goes on as it began, or its losses mean something else; next: set these back, take "
-            f'another run name, or allow each by its name: ALLOW="{" ".join(refused)}" (--allow KEY)'
+            + "\n  ".join(told)
+            + "\n; rule: a run goes on as it began, or its losses mean something else; next: set these back, or take "
+            + "another run name"
+            + (f', or allow each by its name: ALLOW="{may}" (--allow KEY)' if may else "")
         )
     for line in lines.values():
         say(f"train     goes on changed, as allowed: {line}")
