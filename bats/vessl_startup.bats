@@ -239,3 +239,21 @@ for line in open(sys.argv[1]):
   run -0 --separate-stderr bash -x "$tree/docker/vessl_startup.sh"
   [[ $stderr == *'credentials: yes'* && $stderr != *canary* ]]
 }
+
+@test "vessl_startup: a signal while the trainer is about to start ends it, or reaches it" {
+  export TRAINER=saves
+  for wait in 0.1 0.2 0.3 0.5; do
+    rm -f "$CALLS.pid"
+    set -m
+    env --default-signal=INT "$tree/docker/vessl_startup.sh" >/dev/null 2>"$BATS_TEST_TMPDIR/err" 3>&- &
+    pid=$!
+    set +m
+    until grep -q check_vocab "$CALLS" 2>/dev/null; do sleep 0.02; done
+    sleep "$wait"
+    kill -TERM "$pid"
+    rc=0
+    wait "$pid" || rc=$?
+    ((rc == 75 || rc == 143)) || { cat "$BATS_TEST_TMPDIR/err" && false; }
+    : >"$CALLS"
+  done
+}

@@ -64,7 +64,7 @@ def stepper(name: str, batches: Batches, rows: int) -> Callable[[], object]:
         nonlocal at
         share = share_of(batches, at, SPEC.heads, rows, PLACE, score)
         optimizer.zero_grad(set_to_none=True)
-        seen = train_step(model, share, weighting, PLACE, stop=False)
+        seen = train_step(model, share, weighting, PLACE)
         clip(trunk, 1.0)
         if model.value_head is not None:
             clip(model.value_head.parameters(), 1.0)

@@ -141,7 +141,7 @@ class Training:
     def gradients(self) -> None:
         share = share_of(self.batches, 0, self.spec.heads, self.rows, self.place)
         self.optimizer.zero_grad(set_to_none=True)
-        train_step(self.model, share, self.weighting, self.place, stop=False)
+        train_step(self.model, share, self.weighting, self.place)
         clip_gradients(self.model, self.recipe.optim.grad_clip)
 
     def step(self) -> None:

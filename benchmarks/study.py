@@ -132,7 +132,7 @@ def noise_run(name: str, seed: int, steps: int) -> list[float]:
                 of = signal[indices][:, k + 1 :]
                 for kind in (True, False):
                     told[kind].append(float(w[:, : LENGTH - k - 1, k][of == kind].mean()))
-        seen = train_step(model, share, weighting, PLACE, stop=False)
+        seen = train_step(model, share, weighting, PLACE)
         clip(model.parameters(), recipe.optim.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(n + 1, steps, recipe)
@@ -200,13 +200,13 @@ def reward_run(seed: int, steps: int) -> list[tuple[float, float, float]]:
     model = MTPModel(SPEC, value_head=True).train()
     with tempfile.TemporaryDirectory() as folder:
         kept = Checkpoints(Path(folder), None, keep_last=1, retries=1, concurrency=1, part_mb=5)
-        pretrain_value_head(model, batches, reward, None, config, recipe, kept, PLACE, Stop())
+        pretrain_value_head(model, batches, reward, None, config, recipe, kept, PLACE, Stop(), {})
     found = [peaks(model, held_rows, weighting, prize)]
     optimizer = adamw(model, recipe)
     for n in range(steps // 4):
         share = share_of(batches, n, HEADS, ROWS, PLACE, reward)
         optimizer.zero_grad(set_to_none=True)
-        train_step(model, share, weighting, PLACE, stop=False)
+        train_step(model, share, weighting, PLACE)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"]
         optimizer.step()

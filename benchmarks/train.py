@@ -91,7 +91,7 @@ def ours(heads: int, batches: Batches, place: Place, naive: bool = False) -> Cal
         nonlocal at
         share = share_of(batches, at, heads, ROWS, place)
         optimizer.zero_grad(set_to_none=True)
-        seen = train_step(model, share, weighting, place, stop=False)
+        seen = train_step(model, share, weighting, place)
         clip_gradients(model, recipe.optim.grad_clip)
         optimizer.step()
         weighting.remember(seen.excess)

@@ -85,9 +85,10 @@ begin_training() {
   command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME" "${allowed[@]/#/--allow=}"
     --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary" --after "$here")
   rm -f "$exit_file" "$summary" "$here"
+  # It waits without a child of its own, so that a signal finds it until the trainer has its place.
   # shellcheck disable=SC2016
-  "${tied[@]}" bash -c 'until [[ -e $2 ]] || ((SECONDS >= $1)); do sleep 0.1; done
-    shift 2; WMTP_LAUNCHED=$(date +%s.%N) exec "$@"' early "$EARLY" "$here" "${command[@]}" <&0 &
+  "${tied[@]}" bash -c 'exec 9<> <(:); until [[ -e $2 ]] || ((SECONDS >= $1)); do read -rt 0.1 -u 9 || true; done
+    exec 9>&-; shift 2; export WMTP_LAUNCHED=$(date +%s.%N); exec "$@"' early "$EARLY" "$here" "${command[@]}" <&0 &
   early=$!
 }
 

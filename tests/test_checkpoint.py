@@ -90,6 +90,25 @@ def test_keep_last_keeps_the_newest(tmp_path: Path) -> None:
     assert not (tmp_path / "step-1").exists()
 
 
+def test_the_newest_that_a_finite_step_followed_is_kept_beside_them(tmp_path: Path) -> None:
+    checkpoints, (model, optimizer) = make(tmp_path, keep=1), parts()
+    for step in (1, 2, 3):
+        saved(checkpoints, step, model, optimizer, {})
+        checkpoints.proved = 1 if step < 3 else 3
+    assert checkpoints.steps() == [1, 3]
+    saved(checkpoints, 4, model, optimizer, {})
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_a_shard_that_can_not_be_read_is_an_error_that_everybody_catches(tmp_path: Path) -> None:
+    checkpoints, (model, optimizer) = make(tmp_path), parts()
+    folder = saved(checkpoints, 1, model, optimizer, {})
+    (shard,) = folder.glob("*.distcp")
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(CheckpointError, match="step-1 could not be loaded; next: remove it"):
+        checkpoints.load(1, model, optimizer)
+
+
 def test_a_truncated_file_is_refused_with_its_name(tmp_path: Path) -> None:
     model, optimizer = parts()
     folder = saved(make(tmp_path), 1, model, optimizer, {})

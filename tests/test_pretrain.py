@@ -53,7 +53,7 @@ def trained(folder: Path, held: bool, *sets: str) -> tuple[MTPModel, MTPModel]:
     shelf = Checkpoints(folder, None, keep_last=1, retries=1, concurrency=1, part_mb=5)
     batches, score = batches_of()
     other = (batches, score) if held else None
-    pretrain.pretrain_value_head(model, batches, score, other, config, recipe, shelf, CPU, STOP)
+    pretrain.pretrain_value_head(model, batches, score, other, config, recipe, shelf, CPU, STOP, {})
     return before, model
 
 

@@ -97,7 +97,7 @@ def scores_of(recipe: Recipe, batches: Batches) -> Tensor | None:
 def step_of(model: Any, algorithm: str, barren: bool, place: Place, rows: int) -> StepResult:
     recipe, batches = recipe_of(algorithm), rows_of(barren)
     share = share_of(batches, 0, SPEC.heads, rows, place, scores_of(recipe, batches))
-    return train_step(model, share, weighting_of(recipe), place, stop=False)
+    return train_step(model, share, weighting_of(recipe), place)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def test_every_setting_reaches_its_place_in_the_objective(algorithm: str) -> Non
     assert score is not None
     share = share_of(batches, 0, SPEC.heads, 2, CPU, score)
     weighting = weighting_of(recipe)
-    seen = train_step(model, share, weighting, CPU, stop=False)
+    seen = train_step(model, share, weighting, CPU)
     found = gradients(model)
     model.zero_grad()
 
@@ -258,9 +258,9 @@ def test_with_lambda_zero_the_trunk_gets_the_baseline_s_gradient_bit_for_bit(alg
     recipe = load_recipe(
         ROOT / f"tests/configs/recipe.{ALGORITHMS[algorithm][0]}.yaml", [*ALGORITHMS[algorithm][1], "loss.lambda=0"]
     )
-    train_step(plain, share_of(batches, 0, 4, 2, CPU), Weighting(baseline), CPU, stop=False)
+    train_step(plain, share_of(batches, 0, 4, 2, CPU), Weighting(baseline), CPU)
     share = share_of(batches, 0, 4, 2, CPU, scores_of(recipe, batches))
-    train_step(weighted, share, weighting_of(recipe), CPU, stop=False)
+    train_step(weighted, share, weighting_of(recipe), CPU)
     for (name, p), q in zip(plain.named_parameters(), weighted.parameters(), strict=True):
         if name != "value_head.weight":
             assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
@@ -270,10 +270,10 @@ def test_the_first_step_is_unweighted_and_the_next_one_centred() -> None:
     recipe, batches = recipe_of("rho1"), rows_of(False)
     weighting, model = Weighting(recipe), lively_model(recipe)
     share = share_of(batches, 0, 4, 4, CPU, scores_of(recipe, batches))
-    first = train_step(model, share, weighting, CPU, stop=False)
+    first = train_step(model, share, weighting, CPU)
     assert weighting.unweighted and float(first.weights["square"]) == float(first.weights["head_count"].sum())
     weighting.remember(first.excess)
-    second = train_step(model, share, weighting, CPU, stop=False)
+    second = train_step(model, share, weighting, CPU)
     assert not weighting.unweighted and float(second.weights["square"]) > float(first.weights["square"])
     mean = weighting.head_mean(torch.device("cpu"))
     assert mean is not None

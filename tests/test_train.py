@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -81,7 +82,7 @@ def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, al
         ],
         "critic-wmtp": [
             scored(cut, seeded.randint(2, 6)),
-            stepped(cut, "pretrain  step", seeded.randint(4, 6)),
+            lambda: (cut.folder / "pretrain/step-3/.complete").exists(),
             stepped(cut, "Step", seeded.randint(4, 10)),
         ],
     }[algorithm]
@@ -99,7 +100,7 @@ def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, al
         assert weights[0] == 1 or algorithm == "critic-wmtp"
         assert all(0 < w < 1 for w in weights[1:])
     if algorithm == "critic-wmtp":
-        assert "pretrain  the value head learns the reward: 7 steps, goes on after step 3" in cut.log()
+        assert re.search("value head learns the reward: 7 steps, goes on after step [36]|trained before", cut.log())
         assert [r["value_loss"] for r in cut.records()] == [r["value_loss"] for r in whole.records()]
 
 
@@ -340,12 +341,20 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(app: Path) -> None:
 
 
 def test_a_run_that_gives_nothing_finite_any_more_ends_and_keeps_its_good_checkpoint(app: Path) -> None:
-    sets = ("train.max_steps=40", "paths.checkpoints.save_interval=1", "paths.checkpoints.keep_last=1")
-    run = Run(app, "baseline-mtp", "r", *sets, "optim.lr=1e30", "optim.warmup_ratio=0").start()
+    kept = ("paths.checkpoints.save_interval=1", "paths.checkpoints.keep_last=1", "paths.checkpoints.save_final=false")
+    sets = ("optim.warmup_ratio=0", *kept)
+    allowed = ("--allow", "optim.lr", "--allow", "train.max_steps")
+    good = Run(app, "baseline-mtp", "r", *sets, "train.max_steps=3").whole()
+    run = Run(app, "baseline-mtp", "r", *sets, "train.max_steps=40", "optim.lr=1e30", arguments=allowed).start()
     assert run.wait() == 20
     ended = json.loads((app / "r-exit.json").read_text())
-    assert ended["code"] == 20 and "10 steps in a row up to 11 were not finite" in ended["cause"]
-    assert [p.name for p in run.folder.glob("step-*")] == ["step-1"]
+    assert ended["code"] == 20 and "10 steps in a row up to 14 were not finite" in ended["cause"]
+    assert "the last checkpoint that a finite step followed: step 3" in ended["cause"]
+    # Step 4 was finite, what it made was not: only what came after it shows that.
+    assert {p.name for p in run.folder.glob("step-*")} == {"step-3", "step-4"}
+    shutil.rmtree(run.folder / "step-4")
+    assert len(Run(app, "baseline-mtp", "r", *sets, "train.max_steps=5", arguments=allowed).whole().losses()) == 5
+    assert good.log().count("goes on after step 3") == 2
 
 
 def test_the_exception_of_another_rank_is_the_cause(app: Path) -> None:
@@ -375,8 +384,19 @@ def test_a_changed_recipe_is_refused_on_resume_unless_it_is_allowed_by_name(app:
     assert refused.wait() == 2
     cause = json.loads((app / "r-exit.json").read_text())["cause"]
     assert "optim.lr: 0.001 -> 0.002" in cause and "train.max_steps: 4 -> 6" in cause and "step 4" in cause
+    assert "reads" not in refused.log()  # before anything costly
     allowed = Run(app, "baseline-mtp", "r", *longer, arguments=("--allow", "train.max_steps")).whole()
     assert len(allowed.losses()) == 6 and "goes on changed, as allowed: train.max_steps: 4 -> 6" in allowed.log()
+
+
+def test_stage_1_does_not_go_on_under_another_recipe_either(app: Path) -> None:
+    sets = ("pretrain.max_steps=40", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false")
+    run = Run(app, "critic-wmtp", "r", *sets)
+    kill_when(run, lambda: (run.folder / "pretrain/step-2/.complete").exists())
+    refused = Run(app, "critic-wmtp", "r", *sets, "critic.gamma=0.5").start()
+    assert refused.wait() == 2
+    cause = json.loads((app / "r-exit.json").read_text())["cause"]
+    assert "critic.gamma: 1.0 -> 0.5" in cause and "pretrain" not in cause
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -63,3 +65,19 @@ def test_slow_steps_and_the_first_one_get_their_time(tmp_path: Path) -> None:
     w.beat("in step 4")  # the rest was no gap between steps
     assert w.limit < 3
     w.close()
+
+
+def test_a_process_that_stood_still_as_a_whole_is_no_hang(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        w = Watch(None, lambda what: os._exit(20), patience=0.6)
+        w.least = 0.6
+        for step in range(40):
+            w.beat(f"in step {step}")
+            time.sleep(0.05)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -44,6 +44,8 @@ run_child() {
 await_child() {
   local again seen waited=0
   child=$1
+  # A signal that came before there was a child, or before its ranks were meant.
+  ((ended_by == 0)) || on_signal "$ended_by"
   while
     seen=$signals again=0
     wait "$child" || again=$?

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,8 @@ class Checkpoints:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._begun: tuple[AsyncSaveResponse, Future[None]] | None = None
         self._stager: DefaultStager | None = None
+        self.proved: int | None = None
+        """The newest step that a finite one followed: it is kept, whatever comes after it."""
         if self.rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +143,8 @@ class Checkpoints:
             if self.rank == 0:
                 self.upload(final)
             return final
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies run on a stream of their own
         state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         self.need_room(f"step {step}", sum(map(local_bytes, tree_leaves(state))))
         if self._stager is None:
@@ -162,12 +166,12 @@ class Checkpoints:
     def _complete(self, step: int, written: Future[Any], trainer: str, staging: Path, final: Path) -> None:
         """In a thread: what follows once every rank has written its part."""
         try:
-            written.result()
-        except CheckpointException as error:  # not an Exception, so nobody else would catch it
-            cause = next(iter(error.failures.values()))[0]
+            with causes_named(f"step {step} could not be saved"):
+                written.result()
+        except CheckpointError:
             if self.rank == 0:
                 shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(f"step {step} could not be saved: {cause}") from cause
+            raise
         if self.rank == 0:
             (staging / "trainer.json").write_text(trainer)
             self.finish(staging, final)
@@ -216,12 +220,8 @@ class Checkpoints:
         step: int,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        accept: Callable[[int, dict[str, Any]], None] = lambda step, trainer: None,
     ) -> dict[str, Any]:
-        """Fill ``model`` and ``optimizer`` from ``step-N``; returns the ``trainer`` of ``save``. Collective.
-
-        ``accept`` sees step and trainer before anything is loaded, and raises where it won't have them.
-        """
+        """Fill ``model`` and ``optimizer`` from ``step-N``; returns the ``trainer`` of ``save``. Collective."""
         folder = self.folder / f"step-{step}"
         for entry in json.loads((folder / MARKER).read_text())["files"]:
             path = folder / entry["path"]
@@ -231,10 +231,10 @@ class Checkpoints:
                     f"next: remove {folder} and start again, the one before it is used"
                 )
         trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
-        accept(step, trainer)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with causes_named(f"{folder} could not be loaded; next: remove it, the one before it is used"):
+            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         set_state_dict(
             model,
             optimizer,
@@ -243,44 +243,50 @@ class Checkpoints:
         )
         return trainer
 
+    def newest(self) -> tuple[int, dict[str, Any]]:
+        """Step and ``trainer`` of the newest whole checkpoint, from disk or bucket; 0 where there is none. Collective.
+
+        Raises what rank 0 met, on all ranks: whichever of them tells it, it is the cause.
+        """
+        told: list[Any] = [0, None, False]
+        if self.rank == 0:
+            try:
+                self.fetch_newest()
+                told[0] = max(self.steps(), default=0)
+            except CheckpointError as error:
+                told = [0, str(error), isinstance(error, TransferError)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise (TransferError if told[2] else CheckpointError)(told[1])
+        path = self.folder / f"step-{told[0]}" / "trainer.json"
+        return told[0], json.loads(path.read_text()) if told[0] else {}
+
     def resume(
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
-        accept: Callable[[int, dict[str, Any]], None] = lambda step, trainer: None,
     ) -> int:
-        """Load the newest whole checkpoint, from disk or bucket, into all three; returns its step, or 0. Collective.
-
-        ``accept`` as in `load`.
-        """
-        newest = torch.zeros(2, dtype=torch.int64)
-        problem: Exception | None = None
-        if self.rank == 0:
-            try:
-                self.fetch_newest()
-            except CheckpointError as error:
-                problem = error
-            steps = self.steps()
-            newest = torch.tensor([steps[-1] if steps else 0, int(problem is not None)])
-        if dist.is_initialized():
-            dist.all_reduce(newest)
-        if int(newest[1]):
-            raise problem or CheckpointError("rank 0 could not read the bucket's checkpoints")
-        step = int(newest[0])
+        """Load the newest whole checkpoint, from disk or bucket, into all three; returns its step, or 0. Collective."""
+        step, _ = self.newest()
         if step:
-            state.update(self.load(step, model, optimizer, accept))
+            state.update(self.load(step, model, optimizer))
             state.pop("step")
             if self.rank == 0:
                 self.upload(self.folder / f"step-{step}")  # a kill may have come before its upload ended
         return step
 
     def prune(self) -> None:
-        """Keep the newest ``keep_last`` on disk; a folder loses its marker first."""
-        for step in self.steps()[: -self.keep_last]:
+        """Keep the newest ``keep_last`` on disk, and `proved`; a folder loses its marker first."""
+        for step in self.older(self.steps()):
             folder = self.folder / f"step-{step}"
             (folder / MARKER).unlink()
             shutil.rmtree(folder)
+
+    def older(self, steps: list[int]) -> list[int]:
+        """Those of ``steps`` that need not be kept."""
+        return [step for step in steps[: -self.keep_last] if step != self.proved]
 
     # -- in the bucket -----------------------------------------------------------------------------------------
 
@@ -350,7 +356,7 @@ class Checkpoints:
                 self.s5cmd("rm", f"{target}/{MARKER}")
         self.s5cmd("run", lines=copies)
         self.s5cmd("cp", str(folder / MARKER), f"{target}/{MARKER}")
-        for step in self.remote_steps()[: -self.keep_last]:
+        for step in self.older(self.remote_steps()):
             self.s5cmd("rm", f"{self.remote}/step-{step}/{MARKER}")
             self.s5cmd("rm", f"{self.remote}/step-{step}/*")
 
@@ -365,6 +371,16 @@ class Checkpoints:
             self.uploader.shutdown(wait=True)
         for upload in self.uploads:
             upload.result()
+
+
+@contextlib.contextmanager
+def causes_named(what: str) -> Iterator[None]:
+    """Raise CheckpointError with the first rank's cause: torch's own exception is none that anybody else catches."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{what}: {cause}") from cause
 
 
 def local_bytes(leaf: Any) -> int:

@@ -62,10 +62,10 @@ class Stop:
         if self.watch:
             self.watch.beat(where)
 
-    def rest(self) -> None:
-        """The steps are over, or something else is done between them that may take its time."""
+    def rest(self, over: bool = False) -> None:
+        """Something else is done that may take its time; ``over``: and these steps are over."""
         if self.watch:
-            self.watch.rest()
+            self.watch.rest(over)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name

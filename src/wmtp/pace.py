@@ -31,11 +31,18 @@ class Pace:
         self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, leave=False) if shown else None
         self._tick = self._mark = self.began
         self._parts: dict[str, float] = {}
+        self._stalled = 0.0
+        if place.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(place.device)  # what loading and scoring took is none of a step's
+
+    def stalled(self, seconds: float) -> None:
+        """A save stood in the way of the next step for so long."""
+        self._stalled += seconds
 
     def begin(self) -> None:
         """A step begins."""
         self._tick = self._mark = time.monotonic()
-        self._parts = {}
+        self._parts, self._stalled = {"save": self._stalled}, 0.0
 
     def mark(self, part: str) -> None:
         """What was done since the last mark of this step was ``part``."""
@@ -52,7 +59,7 @@ class Pace:
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         figures = {
-            "step_seconds": seconds,
+            "step_seconds": seconds,  # without what a save before it took
             "tokens_per_second": tokens / seconds,
             "data_wait_s": self._parts.get("data", 0.0),
             "checkpoint_stall_s": self._parts.get("save", 0.0),

@@ -34,8 +34,11 @@ def pretrain_value_head(
     checkpoints: Checkpoints,
     place: Place,
     stop: Stop,
+    made: dict[str, Any],
 ) -> None:
     """Train ``model.value_head``, going on from its newest checkpoint. Collective.
+
+    ``made`` is what its checkpoints are made of, for `wmtp.resume`.
 
     ``score_ns`` `[N, S]` holds the reward at each document's last token, ``held`` the held-out rows with theirs. Raises
     Stopped, everything saved, when a notice to stop came.
@@ -46,6 +49,7 @@ def pretrain_value_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0)
     state: dict[str, Any] = {"best": None, "waited": 0, "ended": False}
     step = checkpoints.resume(head, optimizer, state)
+    state["made_of"] = made
     total = math.ceil(len(batches.rows) * settings.num_epochs / batches.rows_per_step)
     total = min(total, settings.max_steps or total)
     if state["ended"]:
@@ -69,16 +73,17 @@ def pretrain_value_head(
             error = value_error(value_bs, m, recipe, share.tokens)
             (error * place.world).backward()
             loss += error.detach()
-        clip(head.parameters(), recipe.optim.grad_clip)
+        norm = clip(head.parameters(), recipe.optim.grad_clip)
+        seen = place.total(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause)))]))
+        step += 1
+        if not (math.isfinite(float(seen[0])) and math.isfinite(norm)):
+            raise RuntimeError(f"stage 1, step {step}: value loss {float(seen[0])}, gradient norm {norm}: not finite")
         checkpoints.staged()
         optimizer.step()
-        step += 1
-        seen = place.total(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause)))]))
-        if not math.isfinite(float(seen[0])):
-            raise RuntimeError(f"stage 1, step {step}: value loss {float(seen[0])}: not finite")
+        stopping = bool(seen[1])
         if step % config.log_interval == 0 or step in (1, total):
             say(f"pretrain  step {step}/{total}  value_loss {float(seen[0]):.4f}")
-        if early.enabled and held and step % recipe.eval.interval == 0:
+        if early.enabled and held and step % recipe.eval.interval == 0 and not stopping:
             stop.rest()
             now = held_out_value(model, held[0], recipe, place, held[1])
             better = state["best"] is None or now < state["best"]
@@ -89,7 +94,6 @@ def pretrain_value_head(
                 say(f"pretrain  no lower held-out loss in {early.patience} evaluations: it ends here")
                 total = step
         state["ended"] = step == total
-        stopping = bool(seen[1])
         if state["ended"] or stopping or step % config.paths.checkpoints.save_interval == 0:
             stop.rest()
             checkpoints.save(step, head, optimizer, state)

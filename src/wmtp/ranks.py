@@ -25,7 +25,7 @@ class Place:
         return torch.autocast(self.device.type, torch.bfloat16) if self.half else contextlib.nullcontext()
 
     def bring(self, values: Tensor) -> Tensor:
-        """``values`` on this rank's device; to a GPU the copy goes on beside what it computes."""
+        """``values`` on this rank's device; nobody waits for the copy to a GPU, it queues before what uses it."""
         if self.device.type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)

@@ -10,6 +10,7 @@ from wmtp.outcome import BadInput, say
 
 FREE = ("run.name", "run.tags", "eval.", "pretrain.save_value_head")
 """Keys of a recipe that no step depends on: names, and how often is looked."""
+DIGESTS = ("data", "scores")
 FIXED = ("rows_per_step",)
 """What can't be allowed: which rows were seen is known by the number of the step."""
 
@@ -25,8 +26,22 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def made_of(config: settings.Config, recipe: settings.Recipe, **facts: Any) -> dict[str, Any]:
     """Everything that the losses depend on, by its key; ``facts`` are those that no file names (digests, counts)."""
     both = settings.resolved(config, recipe)
-    kept = {key: value for key, value in flat(both["recipe"]).items() if not key.startswith(FREE)}
+    early = recipe.train.early_stopping.enabled or recipe.pretrain.early_stopping.enabled
+    free = tuple(key for key in FREE if key != "eval." or not early)  # then a run ends by what is looked at
+    kept = {key: value for key, value in flat(both["recipe"]).items() if not key.startswith(free)}
     return {**kept, "seed": config.seed, "devices.mixed_precision": config.devices.mixed_precision, **facts}
+
+
+def parts_of(trainer: Mapping[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint was made of: what a recipe says, and the digests that are known later. Raises BadInput."""
+    made = trainer.get("made_of")
+    if made is None:
+        raise BadInput(
+            f"the checkpoint of step {step} doesn't say what it was made of; rule: a run goes on as it began; "
+            "next: take another run name"
+        )
+    facts = {key: made[key] for key in DIGESTS if key in made}
+    return {key: value for key, value in made.items() if key not in facts}, facts
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], step: int) -> None:

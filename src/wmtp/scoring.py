@@ -182,6 +182,7 @@ def run_blocks(
             told = time.monotonic()
             left = (told - began) / (turn + 1) * (rounds - turn - 1)
             say(f"score     {what}: {100 * (turn + 1) // rounds} %, {left:.0f} s left")
+    stop.rest(over=True)
     place.wait()
 
 

@@ -233,14 +233,17 @@ def last_of(model: nn.Module, last: bool) -> None:
 
 
 def clip_gradients(model: nn.Module, most: float) -> float:
-    """Bound the norm of the trunk's gradient and, apart from it, the value head's; the trunk's norm before. Collective.
+    """Bound the norm of the trunk's gradient and, apart from it, the value head's. Collective.
+
+    Returns the trunk's norm before, or the value head's where that is not finite.
 
     Apart, since the value loss has a scale of its own: one norm would let either starve the other.
     """
     named = list(model.named_parameters())
-    if head := [p for n, p in named if n.startswith("value_head.")]:
-        clip(head, most)
-    return clip([p for n, p in named if not n.startswith("value_head.")], most)
+    head = [p for n, p in named if n.startswith("value_head.")]
+    own = clip(head, most) if head else 0.0
+    norm = clip([p for n, p in named if not n.startswith("value_head.")], most)
+    return norm if math.isfinite(own) else own
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
@@ -283,10 +286,13 @@ def accumulate(
     return losses, sums, excess
 
 
-def train_step(model: nn.Module, share: Share, weighting: Weighting, place: Place, stop: bool) -> StepResult:
+def train_step(
+    model: nn.Module, share: Share, weighting: Weighting, place: Place, stop: Callable[[], object] = lambda: None
+) -> StepResult:
     """Forward and backward of one global batch; the gradients are those of `L` (and of the value head's loss).
 
-    Every rank calls, with its share; ``stop`` travels with the sums, so that all ranks stop after the same step.
+    Every rank calls, with its share; what ``stop`` says at the end travels with the sums, so that all ranks stop after
+    the same step.
     """
     fixed: list[Tensor | None] = [None] * len(share.micro)
     if weighting.skips and not weighting.unweighted:
@@ -294,8 +300,7 @@ def train_step(model: nn.Module, share: Share, weighting: Weighting, place: Plac
     losses, sums, excess = accumulate(model, share, weighting, place, fixed)
     # One sum over the ranks for everything.
     flat = torch.cat(
-        [losses.double().cpu() if place.device.type != "mps" else losses.cpu().double(), torch.tensor([float(stop)])]
-        + [excess.flatten().cpu()]
+        [losses.cpu().double(), torch.tensor([float(bool(stop()))]), excess.flatten().cpu()]
         + [s.double().flatten().cpu() for s in sums.values()]
     )
     flat = place.total(flat)

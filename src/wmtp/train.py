@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, fini
 from wmtp.objective import weight_statistics
 from wmtp.optim import adamw, learning_rate, rows_per_step, total_steps
 from wmtp.outcome import (
+    BAD_INPUT,
     DONE,
     FAILED,
     RESUME_ME,
@@ -60,7 +62,7 @@ from wmtp.pace import Pace
 from wmtp.paths import PathResolver
 from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
-from wmtp.resume import flat, made_of, refuse_changes
+from wmtp.resume import flat, made_of, parts_of, refuse_changes
 from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
@@ -296,6 +298,12 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
 
     checkpoints = checkpoints_at(name)
     need_shared(checkpoints.folder, place)
+    # Looked at now, before data are read and scored for a run that is refused.
+    per_step = rows_per_step(recipe, place.world)
+    made = made_of(config, recipe, rows_per_step=per_step)
+    at, found = checkpoints.newest()
+    if at:
+        refuse_changes(parts_of(found, at)[0], made, args.allow, at)
     weighting = Weighting(recipe)
     tokenizer = load_tokenizer(base)
     sets = load_sets(config, recipe, tokenizer, disk / ".tokens", place)
@@ -311,21 +319,23 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stop,
         name,
     )
-    stop.rest()
     progress.phases.done("scores")
-    per_step = rows_per_step(recipe, place.world)
+    digests = {"data": sets["train"].digest, "scores": kept_as}
+    if at:
+        refuse_changes(parts_of(found, at)[1], digests, args.allow, at)
+    made |= digests
     rows = Batches(sets["train"].rows, per_step, config.seed)
     held = Batches(sets["eval"].rows, recipe.data.eval.batch_size, config.seed) if "eval" in sets else None
     model = build_model(config, recipe, spec, base, weighting, place)
     # Parameters and Adam's two moments: known now, so not found out at the first save.
     checkpoints.need_room("a checkpoint", 3 * sum(local_bytes(p) for p in model.parameters()))
     optimizer = adamw(model, recipe)
-    made = made_of(config, recipe, rows_per_step=per_step, data=sets["train"].digest, scores=kept_as)
     state: dict[str, Any] = {"held_out_before": [], "best": None, "waited": 0, "ended": False, "mlflow_run_id": None}
     state |= {"made_of": made, "not_finite": 0, "not_finite_in_a_row": 0}
-    step = progress.step = checkpoints.resume(
-        model, optimizer, state, lambda at, found: refuse_changes(found["made_of"], made, args.allow, at)
-    )
+    ours = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    step = progress.step = checkpoints.resume(model, optimizer, state)
+    for group, settled in zip(optimizer.param_groups, ours, strict=True):
+        group.update(settled)  # rates and decay are the recipe's, also where it was allowed to change
     state["made_of"] = made
     progress.phases.done("load")
     if step:
@@ -337,8 +347,12 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     elif weighting.needs_value and recipe.pretrain.enabled:
         scored = (held, scores["eval"]) if held else None
         stage1 = checkpoints_at(f"{name}/pretrain")
-        pretrain_value_head(model, rows, scores["train"], scored, config, recipe, stage1, place, stop)
-        stop.rest()
+        at, found = stage1.newest()
+        if at:
+            recipe_then, digests_then = parts_of(found, at)
+            refuse_changes(recipe_then | digests_then, made, args.allow, at)
+        pretrain_value_head(model, rows, scores["train"], scored, config, recipe, stage1, place, stop, made)
+        stop.rest(over=True)
         progress.phases.done("pretrain")
     total = step if state["ended"] else total_steps(len(rows.rows), per_step, recipe)
     say(
@@ -377,7 +391,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         pace.mark("data")
         torch.manual_seed(config.seed + step)  # whatever is drawn in a step is a function of the step
         optimizer.zero_grad(set_to_none=True)
-        seen = train_step(model, share, weighting, place, stop.cause is not None)
+        seen = train_step(model, share, weighting, place, lambda: stop.cause)
         norm = clip_gradients(model, recipe.optim.grad_clip)
         step += 1
         rate = learning_rate(step, total, recipe)
@@ -389,9 +403,14 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         if all(map(math.isfinite, (seen.wmtp_loss, norm, seen.value_loss))):
             optimizer.step()
             weighting.remember(seen.excess)
-            state["not_finite_in_a_row"] = 0
+            state["not_finite_in_a_row"], checkpoints.proved = 0, saved if saved > 0 else None
         else:
-            leave_out(step, state, f"loss {seen.wmtp_loss}, value loss {seen.value_loss}, gradient norm {norm}")
+            leave_out(
+                step,
+                state,
+                checkpoints.proved,
+                f"loss {seen.wmtp_loss}, value loss {seen.value_loss}, gradient norm {norm}",
+            )
         progress.step = step
         figures = {
             "wmtp_loss": seen.wmtp_loss,
@@ -429,8 +448,10 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         due = step % config.paths.checkpoints.save_interval == 0 and not state["not_finite_in_a_row"]
         if due or step == total or stopping:
             stop.rest()
+            began = time.monotonic()
             state["mlflow_run_id"], state["weighting"] = tracker.run_id, weighting.state_dict()
             checkpoints.save(step, model, optimizer, state)
+            pace.stalled(time.monotonic() - began)
             saved = step
         if stopping:
             raise Stopped(f"after step {step}")
@@ -478,16 +499,20 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     return DONE
 
 
-def leave_out(step: int, state: dict[str, Any], why: str) -> None:
+def leave_out(step: int, state: dict[str, Any], proved: int | None, why: str) -> None:
     """Count a step whose figures are not finite, and take nothing from it. Raises RuntimeError after too many in a row.
 
-    All ranks see the same figures, so all leave it out.
+    All ranks see the same figures, so all leave it out. ``proved``: the newest checkpoint that a finite step followed.
     """
     state["not_finite"] += 1
     state["not_finite_in_a_row"] += 1
     say(f"train     warn  step {step} is left out: {why}: not finite")
     if state["not_finite_in_a_row"] >= NOT_FINITE_MOST:
-        raise RuntimeError(f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}")
+        good = f"step {proved}: remove those after it" if proved else "none"
+        raise RuntimeError(
+            f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}; the last checkpoint that a finite "
+            f"step followed: {good}, and lower optim.lr (ALLOW=optim.lr)"
+        )
 
 
 def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Path, place: Place, told: str) -> None:
@@ -521,7 +546,9 @@ def main(argv: list[str] | None = None) -> int:
     progress = Progress(phases=Phases(beside("phases.jsonl") if beside and rank == 0 else None))
 
     def hang(what: str) -> None:
+        threading.Timer(10, os._exit, (FAILED,)).start()  # a log that takes no more words may be what hangs
         progress.cause = f"rank {rank}: {what}"
+        claim(args.exit_file, FAILED, progress)
         print(
             f"train     FAIL  {progress.cause}\n              rule  a step that doesn't end is ended, with a record\n"
             f"              next  read {beside('flight-rank-*.log') if beside else 'the record'}: the rank that stands "
@@ -529,7 +556,6 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
-        claim(args.exit_file, FAILED, progress)
         os._exit(FAILED)
 
     watch = Watch(beside(f"flight-rank-{rank}.log") if beside else None, hang)
@@ -549,12 +575,16 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         log = args.exit_file.with_name(f"traceback-rank-{rank}.log") if args.exit_file else None
         code, progress.cause, text = failure(error, rank, log)
-        if code == FAILED:
+        if code != BAD_INPUT:
             keep_traceback(log)
         if args.verbose or (code == FAILED and not log):
             traceback.print_exc()
-    if (rank == 0 or text) and claim(args.exit_file, code, progress) and text:
-        print(text, file=sys.stderr, flush=True)
+    if rank == 0 or text:
+        first = claim(args.exit_file, code, progress)
+        if text and first:
+            print(text, file=sys.stderr, flush=True)
+        elif text and code != BAD_INPUT:  # most often of the rank that left first, but its own cause is nowhere else
+            print(f"train     rank {rank} ended too: {progress.cause}", file=sys.stderr, flush=True)
     watch.close()
     if text:
         progress.settle()

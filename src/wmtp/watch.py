@@ -62,9 +62,11 @@ class Watch:
         if self._file is not None:
             faulthandler.dump_traceback_later(self.limit, file=self._file)
 
-    def rest(self) -> None:
-        """What follows may take as long as it takes."""
+    def rest(self, over: bool = False) -> None:
+        """What follows may take as long as it takes; ``over``: and the steps after it are of another kind."""
         self._last = None
+        if over:
+            self._longest, self._gaps = 0.0, 0
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
 
@@ -80,8 +82,12 @@ class Watch:
                     self.record.unlink()
 
     def _look(self) -> None:
-        while not self._ended.wait(min(1.0, self.least / 10)):
-            last = self._last
-            if last is not None and time.monotonic() > last + (1 + GRACE) * (self._due - last):
+        pause, began = min(1.0, self.least / 10), time.monotonic()
+        while not self._ended.wait(pause):
+            last, slept, began = self._last, time.monotonic() - began - pause, time.monotonic()
+            if slept > self.least / 4:  # the whole process stood still: a suspended container is no hang
+                self._due += slept
+                continue
+            if last is not None and time.monotonic() > self._due + GRACE * self.limit:
                 self.on_hang(f"no sign of life for {time.monotonic() - last:.0f} s {self._where}")
                 return
