@@ -132,6 +132,16 @@ def test_the_phases_of_a_run(algo: str) -> None:
         assert ADAM not in by["scoring"].parts and by["scoring"].parts[WEIGHTS] > 0
 
 
+def test_held_out_rows_that_are_a_share_of_the_training_data_are_read_too() -> None:
+    files = (ROOT / "configs/config.vessl.yaml", ROOT / "configs/recipe.baseline_mtp.yaml")
+    phases = []
+    for share in ("0.1", "0"):
+        sets = [*SMALL, "data.eval.sources=[]", f"data.eval.share={share}"]
+        config, recipe = settings.load_pair(*files, sets, env="production")
+        phases.append([p.phase for p in memory.apart(memory.peaks, config, recipe, {"base": SPEC}).result()])
+    assert phases == [["loading", "step", "held-out reading", "saving"], ["loading", "step", "saving"]]
+
+
 def test_advice_names_what_lowers_the_peak_up_to_the_first_that_fits() -> None:
     files = (ROOT / "configs/config.vessl.yaml", ROOT / "configs/recipe.baseline_mtp.yaml")
     sets = [*SMALL, "devices.fsdp.activation_ckpt=false", "data.train.batch_size=16"]

@@ -315,7 +315,7 @@ def peaks(config: Config, recipe: Recipe, specs: Mapping[str, ModelSpec]) -> lis
         found.append(reading_peak(config, specs["ref"], train.batch_size, train.max_length))
     found.append(Peak("loading", {WEIGHTS: weights, "a tensor at most": largest}))
     found.append(step)
-    if held.sources:
+    if held.held_out:
         reading = reading_peak(config, base, held.batch_size, held.max_length)
         found.append(Peak("held-out reading", {**reading.parts, ADAM: moments}))
     found.append(Peak("saving", {WEIGHTS: weights, ADAM: moments, "a whole tensor": largest}))
