@@ -75,7 +75,14 @@ def test_what_the_scores_depend_on_is_in_the_name(app: Path) -> None:
 def test_what_they_do_not_depend_on_is_not(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = name_of("critic_wmtp")
     (app / "models/test-llama-mtp/weights.bin").write_text("another base")
-    for change in ("critic.gamma=0.9", "seed=7", "optim.lr=1e-2", "loss.lambda=0.9", "data.eval.share=0"):
+    for change in (
+        "critic.gamma=0.9",
+        "seed=7",
+        "optim.lr=1e-2",
+        "loss.lambda=0.9",
+        "data.eval.share=0",
+        "data.train.batch_size=4",
+    ):
         assert name_of("critic_wmtp", change) == first, change
     shutil.move(app, app.with_name("elsewhere"))
     monkeypatch.setenv("WMTP_APP_ROOT", str(app.with_name("elsewhere")))
