@@ -63,6 +63,18 @@ def test_read_spec_reads_an_unknown_vocabulary_from_the_weights(models: Path, tm
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     assert read_spec(folder).vocab_size == 32000
+    torch.save({"norm.weight": torch.ones(64)}, folder / "consolidated.pth")
+    for ask in (lambda: read_spec(folder), lambda: headers.spec_of(headers.Folder(folder))):
+        with pytest.raises(ModelError, match="vocab_size is -1, and no matrix tok_embeddings"):
+            ask()
+
+
+def test_read_spec_reads_over_what_metas_params_say_of_no_arithmetic(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(META))
+    spec = read_spec(tmp_path)
+    more = {"use_scaled_rope": False, "max_batch_size": 32, "n_kv_heads": None, "ffn_dim_multiplier": None}
+    (tmp_path / "params.json").write_text(json.dumps(META | more | {"rope_theta": 10000}))
+    assert read_spec(tmp_path) == spec
 
 
 @pytest.mark.parametrize(
@@ -96,6 +108,12 @@ LLAMA = {
         ("params.json", "{", "params.json"),
         ("params.json", "[]", "not an object"),
         ("params.json", json.dumps({"dim": 64}), "n_layers, n_heads"),
+        ("params.json", json.dumps(META | {"use_scaled_rope": True}), "use_scaled_rope true.*Hugging Face's layout"),
+        ("params.json", json.dumps(META | {"lora_args": {"rank": 8}}), "lora_args"),
+        ("params.json", json.dumps(META | {"n_future_tokens": "4", "norm_eps": "x"}), 'n_future_tokens "4", norm_eps'),
+        ("params.json", json.dumps(META | {"n_kv_heads": True, "dim": 64.5}), "dim 64.5, n_kv_heads true"),
+        ("params.json", json.dumps(META | {"multiple_of": 0}), "multiple_of 0"),
+        ("params.json", json.dumps(META | {"multiple_of": "8"}), 'multiple_of "8"'),
         ("params.json", json.dumps(META | {"n_layers": 3}), "trunk layers = -1"),
         ("params.json", json.dumps(META | {"n_heads": 5}), "64 with 5 attention heads"),
         ("params.json", json.dumps(META | {"n_kv_heads": 3}), "3 key-value heads"),
@@ -106,6 +124,7 @@ LLAMA = {
         ),
         ("config.json", json.dumps({k: v for k, v in LLAMA.items() if k != "model_type"}), "model_type None"),
         ("config.json", json.dumps(LLAMA | {"model_type": "gpt2"}), "n_layer, n_embd, n_head"),
+        ("config.json", json.dumps(LLAMA | {"n_future_tokens": "4"}), "no whole number under n_future_tokens"),
         ("config.json", json.dumps(LLAMA | {"head_dim": 3}), "head_dim 3"),
         ("config.json", json.dumps(LLAMA | {"rms_norm_eps": "small"}), "rms_norm_eps"),
         ("config.json", json.dumps(LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2}}), "rope_type dynamic"),

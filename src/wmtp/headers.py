@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmtp.manifest import MANIFEST, Manifest, ManifestError, hash_file, load_manifest
 from wmtp.model import ModelError, ModelSpec
-from wmtp.weights import Stored, model_state, read_spec, read_tensors, reward_state
+from wmtp.weights import Stored, model_state, read_spec, read_tensors, reward_state, rows_of_embedding
 
 SMALL = 32 * 2**20
 """Bytes that a JSON or tokenizer file may have; a larger one is no header."""
@@ -260,7 +260,7 @@ def spec_of(source: Source, raw: Mapping[str, Stored] | None = None) -> ModelSpe
     """The shapes that the JSON says; a vocabulary of -1 is read from the embedding's header."""
 
     def rows() -> int:
-        return int((raw or tensors(source))["tok_embeddings.weight"].shape[0])
+        return rows_of_embedding(source.name, raw or tensors(source))
 
     return read_spec(source.small(), rows)
 

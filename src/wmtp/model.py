@@ -207,7 +207,7 @@ def family_spec(content: Mapping[str, Any], name: str) -> ModelSpec:
     return ModelSpec(
         **said,
         layout="hf",
-        heads=int(content.get("n_future_tokens", 1)),
+        heads=need(content, name, "n_future_tokens")[0] if "n_future_tokens" in content else 1,
         trunk_layers=getattr(config, family.layers) - 1,
         rope_theta=theta,
         family=kind,

@@ -87,27 +87,72 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+PARAMS: dict[str, type] = {
+    "dim": int,
+    "n_layers": int,
+    "n_heads": int,
+    "n_kv_heads": int,
+    "n_future_tokens": int,
+    "vocab_size": int,
+    "multiple_of": int,
+    "ffn_dim_multiplier": float,
+    "norm_eps": float,
+    "rope_theta": float,
+    "use_scaled_rope": bool,
+    "max_seq_len": int,
+    "max_batch_size": int,
+}
+"""What a params.json may say; another key may stand for other arithmetic. A null says nothing."""
+
+
 def _meta_spec(folder: Path, embedding_rows: Callable[[], int] | None) -> ModelSpec:
     path = folder / "params.json"
-    params = read_json(path)
+    params = {key: value for key, value in read_json(path).items() if value is not None}
+    refused = [
+        f"{key} {json.dumps(value)}"
+        for key, value in params.items()
+        if type(value) is not PARAMS.get(key) and not (type(value) is int and PARAMS.get(key) is float)
+    ]
+    if not refused:
+        refused = [f"{key} {params[key]}" for key in ("multiple_of", "ffn_dim_multiplier") if params.get(key, 1) <= 0]
+    if params.get("use_scaled_rope") is True:
+        refused.append("use_scaled_rope true")
+    if refused:
+        raise ModelError(
+            f"{path}: {', '.join(refused)}",
+            f"Meta's layout is read where it says {', '.join(PARAMS)} (numbers, and use_scaled_rope false) and no more",
+            "take the model in Hugging Face's layout, whose config.json says its rotary scaling and the like",
+        )
     dim, n_layers, n_heads = need(params, str(path), "dim", "n_layers", "n_heads")
-    heads = int(params.get("n_future_tokens", 1))
-    vocab = int(params.get("vocab_size", -1))
+    heads = params.get("n_future_tokens", 1)
+    vocab = params.get("vocab_size", -1)
     if vocab < 0:
-        vocab = embedding_rows() if embedding_rows else mapped_tensors(folder)["tok_embeddings.weight"].shape[0]
+        vocab = embedding_rows() if embedding_rows else rows_of_embedding(str(folder), mapped_tensors(folder))
     return ModelSpec(
         layout="meta",
         heads=heads,
         hidden=dim,
         trunk_layers=n_layers - heads,
         n_heads=n_heads,
-        n_kv_heads=int(params.get("n_kv_heads") or n_heads),
-        intermediate=feed_forward_width(dim, int(params.get("multiple_of", 256)), params.get("ffn_dim_multiplier")),
+        n_kv_heads=params.get("n_kv_heads", n_heads),
+        intermediate=feed_forward_width(dim, params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
         vocab_size=vocab,
         norm_eps=float(params.get("norm_eps", 1e-5)),
         rope_theta=float(params.get("rope_theta", 10000.0)),
-        max_positions=int(params.get("max_seq_len", 4096)),
+        max_positions=params.get("max_seq_len", 4096),
     )
+
+
+def rows_of_embedding(name: str, raw: Mapping[str, Stored]) -> int:
+    """The vocabulary of a Meta model whose JSON leaves it open. Raises ModelError where no embedding is there."""
+    key = "tok_embeddings.weight"
+    if key not in raw or len(raw[key].shape) != 2:
+        raise ModelError(
+            f"{name}: vocab_size is -1, and no matrix {key} is there",
+            "a vocabulary that params.json leaves open is the embedding's",
+            "publish or sync the model again",
+        )
+    return raw[key].shape[0]
 
 
 def feed_forward_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
