@@ -29,6 +29,7 @@ from wmtp import headers
 from wmtp.export import export_hf
 from wmtp.memory import LiveBytes
 from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, finish_meta, shard_units
+from wmtp.vocab import stated_size
 from wmtp.weights import (
     META_NAMES,
     META_ROOT,
@@ -75,6 +76,26 @@ def test_read_spec_reads_over_what_metas_params_say_of_no_arithmetic(tmp_path: P
     more = {"use_scaled_rope": False, "max_batch_size": 32, "n_kv_heads": None, "ffn_dim_multiplier": None}
     (tmp_path / "params.json").write_text(json.dumps(META | more | {"rope_theta": 10000}))
     assert read_spec(tmp_path) == spec
+
+
+def test_of_two_layouts_json_the_weights_say_which_is_read(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(META))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 10}))
+
+    def layouts() -> tuple[str, str, int | None]:
+        here, bucket = read_spec(tmp_path), headers.spec_of(headers.Folder(tmp_path))
+        return here.layout, bucket.layout, stated_size(tmp_path)
+
+    assert layouts() == ("hf", "hf", 10)  # as weights in safetensors have it, or a folder of shapes alone
+    elsewhere = ["params.json", "config.json", "consolidated.pth"]  # only the JSON files were fetched
+    assert read_spec(tmp_path, there=elsewhere).layout == "meta"
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "consolidated.00.pth").touch()
+    assert layouts() == ("hf", "hf", 10)
+    (tmp_path / "consolidated.00.pth").touch()
+    assert layouts() == ("meta", "meta", 9)
+    with pytest.raises(ModelError, match=r"consolidated\.00\.pth"):
+        load_state(tmp_path, read_spec(tmp_path))
 
 
 @pytest.mark.parametrize(

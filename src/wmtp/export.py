@@ -200,7 +200,7 @@ def _meta_order(key: str, stored: Stored, spec: ModelSpec) -> Tensor:
 
 
 def _meta_params(spec: ModelSpec, source: Path) -> dict[str, Any]:
-    if (source / "params.json").is_file():
+    if spec.layout == "meta":
         return read_json(source / "params.json")
     refused = [
         what

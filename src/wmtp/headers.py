@@ -262,7 +262,7 @@ def spec_of(source: Source, raw: Mapping[str, Stored] | None = None) -> ModelSpe
     def rows() -> int:
         return rows_of_embedding(source.name, raw or tensors(source))
 
-    return read_spec(source.small(), rows)
+    return read_spec(source.small(), rows, source.sizes)
 
 
 def check(source: Source, role: str) -> Iterator[str]:

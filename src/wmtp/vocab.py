@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -36,20 +37,30 @@ class Vocabulary:
     pieces: Sequence[str]
 
 
+def shape_file(there: Iterable[str]) -> str | None:
+    """Which of a model's files, by their names ``there``, says its shapes; None where none does.
+
+    Where there are both, the weights say whose layout it is: a ``consolidated*.pth`` is Meta's.
+    """
+    names = set(there)
+    said = [name for name in SIZE_FILES if name in names]
+    metas = any(re.fullmatch(r"consolidated(\.\d\d)?\.pth", name) for name in names)
+    return "params.json" if metas and "params.json" in said else next(iter(said), None)
+
+
 def stated_size(folder: Path) -> int | None:
     """``vocab_size`` of config.json or params.json; None where a Meta file leaves it to the tokenizer (-1)."""
-    for name in SIZE_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            size = json.loads(path.read_text(encoding="utf-8"))["vocab_size"]
-        except (ValueError, KeyError, TypeError):
-            raise ModelUnreadableError(f"{path}: no vocab_size in it") from None
-        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
-            raise ModelUnreadableError(f"{path}: vocab_size {size!r} is not a whole number above 0")
-        return None if size == -1 else size
-    raise ModelUnreadableError(f"{folder}: neither {' nor '.join(SIZE_FILES)}")
+    name = shape_file(path.name for path in folder.iterdir())
+    if name is None:
+        raise ModelUnreadableError(f"{folder}: neither {' nor '.join(SIZE_FILES)}")
+    path = folder / name
+    try:
+        size = json.loads(path.read_text(encoding="utf-8"))["vocab_size"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelUnreadableError(f"{path}: no vocab_size in it") from None
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise ModelUnreadableError(f"{path}: vocab_size {size!r} is not a whole number above 0")
+    return None if size == -1 else size
 
 
 def read_vocabulary(name: str, folder: Path) -> Vocabulary:

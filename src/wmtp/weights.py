@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from wmtp.model import FAMILIES, ModelError, ModelSpec, MTPModel, RewardModel, family_spec, finish_meta, need
+from wmtp.vocab import shape_file
 
 META_WEIGHTS = "consolidated.pth"
 EXTRA_HEADS = "mtp_heads.safetensors"
@@ -30,16 +31,20 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # ---- shapes, from the JSON alone ----------------------------------------------------------------
 
 
-def read_spec(folder: Path, embedding_rows: Callable[[], int] | None = None) -> ModelSpec:
-    """The spec of a model folder, from its JSON alone.
+def read_spec(
+    folder: Path, embedding_rows: Callable[[], int] | None = None, there: Iterable[str] | None = None
+) -> ModelSpec:
+    """The spec of a model folder, from its JSON alone; the weights' names say which, where it has both layouts'.
 
-    A Meta ``vocab_size`` of -1 is read from the weights, or asked of ``embedding_rows`` where these are elsewhere.
+    ``there``: the names of all files, where they are elsewhere. A Meta ``vocab_size`` of -1 is read from the weights,
+    or asked of ``embedding_rows``. Raises ModelError.
     """
     folder = Path(folder)
-    if (folder / "params.json").is_file():
+    shapes = shape_file(_names(folder) if there is None else there)
+    if shapes == "params.json":
         spec = _meta_spec(folder, embedding_rows)
-    elif (folder / "config.json").is_file():
-        path = folder / "config.json"
+    elif shapes == "config.json":
+        path = folder / shapes
         spec = family_spec(read_json(path), str(path))
     else:
         raise ModelError(
@@ -49,6 +54,10 @@ def read_spec(folder: Path, embedding_rows: Callable[[], int] | None = None) -> 
         )
     _check_spec(folder, spec)
     return spec
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
 
 
 def _check_spec(folder: Path, spec: ModelSpec) -> None:
@@ -247,7 +256,7 @@ def read_tensors(
     the messages. Raises ModelError with every file or tensor that is not where it should be.
     """
     names = set(there)
-    if "params.json" in names:
+    if shape_file(names) == "params.json":
         files = meta_files(name, names)
         return _joined(name, {file: read(file) for file in files}, read_json(folder / "params.json").get("dim"))
     files, index = weight_files(folder, name, names)
@@ -352,8 +361,7 @@ def weight_files(folder: Path, name: str, there: Iterable[str]) -> tuple[list[st
 
 def mapped_tensors(folder: Path) -> dict[str, Stored]:
     """`read_tensors` of a folder on this machine, mapped from its files."""
-    there = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
-    return read_tensors(folder, str(folder), there, lambda file: _mapped(folder / file))
+    return read_tensors(folder, str(folder), _names(folder), lambda file: _mapped(folder / file))
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
