@@ -339,6 +339,10 @@ def test_rows_are_no_longer_than_a_models_positions(tmp_path: Path, monkeypatch:
     load_pair(LOCAL, ROOT / "tests/configs/recipe.rho1_wmtp.yaml", env="minitest")
     found = findings(load_pair, LOCAL, SMALL, env="minitest")
     assert [f.key for f in found] == ["data.train.max_length", "data.eval.max_length"]
+    nothing_held_out = ["data.eval.sources=[]", "data.train.max_length=64"]
+    load_pair(LOCAL, SMALL, nothing_held_out, env="minitest")
+    found = findings(load_pair, LOCAL, SMALL, [*nothing_held_out, "data.eval.share=0.1"], env="minitest")
+    assert [f.key for f in found] == ["data.eval.max_length"]
     (folder / "config.json").write_text("not json")
     load_pair(LOCAL, SMALL, env="minitest")
 

@@ -410,6 +410,12 @@ def test_missing_model_is_refused_before_anything_starts(app: Path) -> None:
     assert json.loads((app / "r-exit.json").read_text())["code"] == 2
 
 
+def test_a_base_of_another_vocabulary_is_refused(app: Path) -> None:
+    run = Run(app, "baseline-mtp", "r", "model.vocab_size=64", world=1).start()
+    assert run.wait() == 2
+    assert "vocab_size 32000, its tokenizer has 32000 pieces, model.vocab_size is 64" in run.log()
+
+
 def test_training_on_human_eval_is_refused(app: Path) -> None:
     (app / "he").mkdir()
     (app / "he/a.jsonl").write_text('{"task_id": "HumanEval/0", "prompt": "p", "canonical_solution": "c"}')

@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from wmtp import export as export_module
 from wmtp import headers
+from wmtp.config import load_recipe
 from wmtp.export import export_hf
 from wmtp.memory import LiveBytes
 from wmtp.model import ModelError, ModelSpec, MTPModel, RewardModel, finish_meta, shard_units
@@ -34,6 +35,7 @@ from wmtp.weights import (
     META_NAMES,
     META_ROOT,
     add_heads,
+    base_refused,
     heads_refused,
     load_model,
     load_reward,
@@ -44,7 +46,8 @@ from wmtp.weights import (
     value_head_state,
 )
 
-GENERATE = Path(__file__).parent / "test_models" / "generate.py"
+ROOT = Path(__file__).parent.parent
+GENERATE = ROOT / "tests" / "test_models" / "generate.py"
 
 
 # ---- specs ------------------------------------------------------------------------------------
@@ -523,6 +526,34 @@ def test_heads_that_a_checkpoint_lacks_are_made_on_request_only(
     told = heads_refused("a-base", has, wanted, new)
     assert (told and told[2]) == following
     assert told is None or (f"{wanted}, but a-base has {has}" in told[0] and "model.new_heads" in told[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "pieces", "sets", "told"),
+    [
+        ({}, 32000, [], None),
+        ({"vocab_size": 32064}, 32000, ["model.vocab_size=32064"], None),
+        (
+            {"vocab_size": 32064},
+            32000,
+            [],
+            "vocab_size 32064, its tokenizer has 32000 pieces, model.vocab_size is 32000",
+        ),
+        ({}, 32001, [], "vocab_size 32000, its tokenizer has 32001 pieces"),
+        ({"heads": 2}, 32000, [], "model.heads: 4, but a-base has 2"),
+        ({"max_positions": 127}, 32000, [], "rows of 128, but a-base has 127 positions"),
+        ({"max_positions": 127, "layout": "meta"}, 32000, [], None),
+        ({"max_positions": 128}, 32000, ["data.eval.max_length=256"], "rows of 256"),
+        ({"max_positions": 128}, 32000, ["data.eval.max_length=256", "data.eval.sources=[]"], None),
+    ],
+)
+def test_a_base_that_a_recipe_does_not_fit_is_refused(
+    change: dict[str, Any], pieces: int, sets: list[str], told: str | None
+) -> None:
+    spec = dataclasses.replace(SMALL, heads=4, vocab_size=32000, layout="hf")
+    recipe = load_recipe(ROOT / "tests/configs/recipe.baseline_mtp.yaml", sets)
+    found = base_refused("a-base", dataclasses.replace(spec, **{"max_positions": 4096} | change), recipe, pieces)
+    assert found is None if told is None else found and told in found[0]
 
 
 # ---- files that contradict each other ---------------------------------------------------------------------

@@ -761,6 +761,11 @@ class Data(Section):
     train: TrainData
     eval: EvalData = Field(default_factory=EvalData)
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest row that a model reads."""
+        return max(self.train.max_length, self.eval.max_length if self.eval.held_out else 0)
+
 
 class Model(Section):
     heads: Annotated[int, Whole(ge=1, le=8)] = 4
@@ -1292,7 +1297,8 @@ def _pair_rules(config: Config, recipe: Recipe, config_tree: Tree, recipe_tree: 
         uri = getattr(models, role)
         positions = _positions(uri) if uri else None
         for part, data in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-            if positions is not None and data.max_length > positions:
+            read = part == "train" or recipe.data.eval.held_out
+            if positions is not None and read and data.max_length > positions:
                 recipe_tree.add(
                     ("data", part, "max_length"),
                     f"{data.max_length}, but {role} ({uri}) has {positions} positions",

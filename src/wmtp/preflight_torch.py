@@ -43,7 +43,7 @@ from wmtp.runfile import MODEL_GB
 from wmtp.sources import DataError, described, read_records, refuse_evaluation
 from wmtp.train import die_with_parent
 from wmtp.vocab import VocabError, Vocabulary, compare
-from wmtp.weights import heads_refused, read_spec
+from wmtp.weights import heads_refused, positions_refused, read_spec
 
 AWKWARD = (
     "",
@@ -152,13 +152,10 @@ def check_shapes(recipe: settings.Recipe, models: dict[str, Model]) -> Iterator[
         if told:
             what, rule, following = told
             yield Finding(5, FAIL, "heads", what, following, rule)
-    longest = max(recipe.data.train.max_length, recipe.data.eval.max_length)
     for model in models.values():
-        # Meta's files do not say how many positions they were made for.
-        if model.proved and model.spec and model.spec.layout == "hf" and model.spec.max_positions < longest:
-            what = f"rows of {longest}, but {model.name} has {model.spec.max_positions} positions"
-            following = f"data.train.max_length and data.eval.max_length: at most {model.spec.max_positions}"
-            yield Finding(5, FAIL, "positions", what, following, "a row is at most as long as the model's positions")
+        if model.proved and model.spec and (told := positions_refused(model.name, model.spec, recipe.data.longest)):
+            what, rule, following = told
+            yield Finding(5, FAIL, "positions", what, following, rule)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

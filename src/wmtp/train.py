@@ -67,7 +67,7 @@ from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
 from wmtp.tracking import StepRecord, Tracker
 from wmtp.watch import Watch
-from wmtp.weights import Stored, add_heads, heads_refused, load_state, read_spec, stream, value_head_state
+from wmtp.weights import Stored, add_heads, base_refused, load_state, read_spec, stream, value_head_state
 
 NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 
@@ -264,7 +264,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         progress.phases.done("models")
     base = local_path(config.paths.models.base, "paths.models.base")
     name, own = args.run_name or recipe.run.name, read_spec(base)
-    if told := heads_refused(str(base), own.heads, recipe.model.heads, recipe.model.new_heads):
+    tokenizer = load_tokenizer(base)
+    if told := base_refused(str(base), own, recipe, len(tokenizer.pieces())):
         raise BadInput("{}; rule: {}; next: {}".format(*told))
     spec = dataclasses.replace(own, heads=recipe.model.heads)
     if args.dry_run:
@@ -305,7 +306,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     if at:
         refuse_changes(parts_of(found, at)[0], made, args.allow, at)
     weighting = Weighting(recipe)
-    tokenizer = load_tokenizer(base)
     sets = load_sets(config, recipe, tokenizer, disk / ".tokens", place)
     progress.phases.done("data")
     scores, kept_as = load_scores(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from wmtp.config import Recipe
 from wmtp.model import FAMILIES, ModelError, ModelSpec, MTPModel, RewardModel, family_spec, finish_meta, need
 from wmtp.vocab import shape_file
 
@@ -438,6 +439,32 @@ def heads_refused(name: str, has: int, wanted: int, new_heads: bool) -> tuple[st
         f"model.heads: {wanted}, but {name} has {has}",
         "heads are what the checkpoint has; model.new_heads makes those that it lacks of its last layer",
         f"--set model.heads={has}" + (", or --set model.new_heads=true" if has < wanted else ""),
+    )
+
+
+def positions_refused(name: str, spec: ModelSpec, longest: int) -> tuple[str, str, str] | None:
+    """`heads_refused`, of rows that have more positions than the model."""
+    # Meta's files do not say how many positions they were made for.
+    if spec.layout == "meta" or longest <= spec.max_positions:
+        return None
+    return (
+        f"rows of {longest}, but {name} has {spec.max_positions} positions",
+        "a row is at most as long as the model's positions",
+        f"data.train.max_length and data.eval.max_length: at most {spec.max_positions}",
+    )
+
+
+def base_refused(name: str, spec: ModelSpec, recipe: Recipe, pieces: int) -> tuple[str, str, str] | None:
+    """`heads_refused`, of everything that a recipe wants of its base model; ``pieces``: those of its tokenizer."""
+    if spec.vocab_size != recipe.model.vocab_size or pieces > spec.vocab_size:
+        return (
+            f"{name}: vocab_size {spec.vocab_size}, its tokenizer has {pieces} pieces, "
+            f"model.vocab_size is {recipe.model.vocab_size}",
+            "a run's models have the vocabulary that model.vocab_size says, and a row of it for each piece",
+            "name its size in model.vocab_size, or another model in paths.models",
+        )
+    return heads_refused(name, spec.heads, recipe.model.heads, recipe.model.new_heads) or positions_refused(
+        name, spec, recipe.data.longest
     )
 
 
