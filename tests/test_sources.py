@@ -107,6 +107,28 @@ def test_human_evals_solution_goes_on_where_its_prompt_ends(tmp_path: Path) -> N
     assert record.text == "def f():\n    return 1\n"
 
 
+@pytest.mark.parametrize(
+    ("fields", "layout", "text"),
+    [
+        ({"task_id": "HumanEval/3", "prompt": "p", "canonical_solution": "s"}, "HumanEval", "ps"),
+        ({"task_id": "HumanEval/3", "prompt": "p", "solution": "s"}, "HumanEval", "p\ns"),
+        ({"task_id": "HumanEval/3", "text": "p", "code": "s"}, "HumanEval", "p\ns"),
+        ({"task_id": "mine/3", "prompt": "p", "canonical_solution": "s"}, "prompt and canonical_solution", "ps"),
+        ({"task_id": 3, "prompt": "p", "solution": "s"}, "prompt and solution", "p\ns"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_human_eval_is_known_by_its_task_ids(
+    tmp_path: Path, fields: dict[str, Any], layout: str, text: str, kind: str
+) -> None:
+    if kind == "parquet":
+        table(tmp_path / "a.parquet", **{key: [value] for key, value in fields.items()})
+    else:
+        lines(tmp_path, fields)
+    counts: Counter[str] = Counter()
+    assert [record.text for record in read_records(tmp_path, counts)] == [text] and counts == {layout: 1}
+
+
 def test_training_on_human_eval_is_refused_unless_the_recipe_says_so() -> None:
     with pytest.raises(DataError, match=r"data\.train\.sources: he: 164 records") as error:
         refuse_evaluation("he", {"HumanEval": 164}, False)

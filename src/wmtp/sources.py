@@ -17,9 +17,10 @@ from wmtp.manifest import hash_file
 
 PROMPT_KEYS = ("prompt", "text")
 SOLUTION_KEYS = ("solution", "code")
-PLAIN, CODE_CONTESTS, HUMAN_EVAL, TEXT = "prompt and solution", "CodeContests", "HumanEval", "text file"
+PLAIN, CANONICAL = "prompt and solution", "prompt and canonical_solution"
+CODE_CONTESTS, HUMAN_EVAL, TEXT = "CodeContests", "HumanEval", "text file"
 PASSED = "without a solution in Python, passed over"
-FIELDS = {*PROMPT_KEYS, *SOLUTION_KEYS, "canonical_solution", "description", "solutions"}
+FIELDS = {*PROMPT_KEYS, *SOLUTION_KEYS, "canonical_solution", "description", "solutions", "task_id"}
 LANGUAGES = (3, 1)  # CodeContests' numbers of Python 3 and 2, in the order in which they are wanted
 RECORD_FILES = (".jsonl", ".parquet")
 CODE = "bash c cc cpp cs cu go h hpp hs java jl js jsx kt lua php pl py pyi r rb rs scala sh sql swift ts tsx"
@@ -218,14 +219,16 @@ def _unreadable(file: Path, why: str) -> DataError:
 
 def _record_of(fields: Mapping[str, Any], place: str) -> tuple[str, Record | None]:
     """Layout and record; None for a problem that nobody solved in Python."""
+    theirs = str(fields.get("task_id")).startswith("HumanEval/")
     if "canonical_solution" in fields:
-        prompt = _field(fields, ("prompt",), place)
-        return HUMAN_EVAL, Record(prompt, _field(fields, ("canonical_solution",), place), "")
+        prompt, solution = (_field(fields, (key,), place) for key in ("prompt", "canonical_solution"))
+        return HUMAN_EVAL if theirs else CANONICAL, Record(prompt, solution, "")
     if "solutions" in fields and "description" in fields:
-        solution = _python_of(fields["solutions"], place)
+        solved = _python_of(fields["solutions"], place)
         description = _field(fields, ("description",), place)
-        return CODE_CONTESTS, None if solution is None else Record(description, solution)
-    return PLAIN, Record(_field(fields, PROMPT_KEYS, place), _field(fields, SOLUTION_KEYS, place))
+        return CODE_CONTESTS, None if solved is None else Record(description, solved)
+    plain = Record(_field(fields, PROMPT_KEYS, place), _field(fields, SOLUTION_KEYS, place))
+    return HUMAN_EVAL if theirs else PLAIN, plain
 
 
 def _python_of(solutions: Any, place: str) -> str | None:
