@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,15 +158,60 @@ def test_nothing_is_tokenized_twice(tmp_path: Path, tokenizer: Tokenizer, monkey
     (moved,) = parts_of(source(tmp_path / "two", "a", "b c", "", name="other.jsonl"))
     kept = tokens_of(moved, tokenizer, shelf, tell=told.append)
     assert "3 prompt and solution" in told[1] and "kept" in told[1]
-    assert all((getattr(kept, n) == getattr(made, n)).all() for n in ("ids", "lengths", "digests"))
+    assert all((getattr(kept, n) == getattr(made, n)).all() for n in ("ids", "lengths", "digests", "keys"))
     assert kept.counts == made.counts and kept.ids.dtype == made.ids.dtype
-    assert len(list(shelf.iterdir())) == 1
+    (file,) = shelf.iterdir()
+    (tmp_path / "usual").touch()
+    assert file.stat().st_mode == (tmp_path / "usual").stat().st_mode
     (changed,) = parts_of(source(tmp_path / "two", "a", "b d", name="other.jsonl"))
     with pytest.raises(AssertionError, match="tokenized again"):
         tokens_of(changed, tokenizer, shelf)
     monkeypatch.setattr(wmtp_data, "FORMAT", 99)
     with pytest.raises(AssertionError, match="tokenized again"):
         tokens_of(part, tokenizer, shelf)
+
+
+def test_tokens_that_can_not_be_kept_are_no_end_of_a_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (part,) = parts_of(source(tmp_path / "one", "a"))
+    (tmp_path / "file").touch()
+    told: list[str] = []
+    made = tokens_of(part, tokenizer, tmp_path / "file" / "shelf", tell=told.append)
+    assert len(made.lengths) == 1 and "warn" in told[0] and "can't be written" in told[0] and len(told) == 2
+
+
+def test_two_that_keep_the_same_tokens_do_not_disturb_each_other(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two nodes with one disk, where even their process numbers may be the same."""
+    (part,) = parts_of(source(tmp_path / "one", "a"))
+    shelf, save, told = tmp_path / "shelf", wmtp_data.save_file, list[str]()
+
+    def meanwhile(*args: Any) -> None:
+        save(*args)
+        monkeypatch.setattr(wmtp_data, "save_file", save)
+        tokens_of(part, tokenizer, shelf)
+        staged = sorted(file.name for file in shelf.iterdir())
+        assert len(staged) == 2 and staged[0].startswith(".")
+
+    monkeypatch.setattr(wmtp_data, "save_file", meanwhile)
+    tokens_of(part, tokenizer, shelf, tell=told.append)
+    assert "made in" in told[0] and len(told) == 1 and len(list(shelf.iterdir())) == 1
+
+
+def test_a_clean_up_in_between_is_nothing_where_another_kept_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = parts_of(source(tmp_path / "one", "a"))
+    shelf, save, told = tmp_path / "shelf", wmtp_data.save_file, list[str]()
+
+    def swept(tensors: Any, staging: Path, about: Any) -> None:
+        monkeypatch.setattr(wmtp_data, "save_file", save)
+        tokens_of(part, tokenizer, shelf)
+        staging.unlink()
+
+    monkeypatch.setattr(wmtp_data, "save_file", swept)
+    tokens_of(part, tokenizer, shelf, tell=told.append)
+    assert "made in" in told[0] and len(told) == 1 and len(list(shelf.iterdir())) == 1
 
 
 def test_another_tokenizer_makes_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -239,6 +285,18 @@ def test_a_share_holds_out_by_the_text_alone(tmp_path: Path, tokenizer: Tokenize
     few = sets_of(tmp_path, tokenizer, ["else", *every[::-3]], [], 0.2)
     assert {*prompts(few["eval"], tokenizer)} - {"else"} == {*below} & {*every[::-3]}
     assert {*below} < {*prompts(sets_of(tmp_path, tokenizer, every, [], 0.4)["eval"], tokenizer)}
+
+
+def test_a_text_in_another_layout_is_the_same_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "a.jsonl").write_text('{"prompt": "def f():\\n", "canonical_solution": "    return 1\\n"}')
+    (tmp_path / "t").mkdir()
+    plain = [{"prompt": "def f():", "solution": f"    return {n}"} for n in (1, 2)]
+    (tmp_path / "t" / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in plain))
+    data = Data.model_validate({"train": {"sources": ["t"]}, "eval": {"sources": ["h"]}})
+    sets = read_sets(data, {name: tmp_path / name for name in "th"}, tokenizer)
+    assert [record.text for record in sets["train"].records()] == ["def f():\n    return 2"]
+    assert [record.text for record in sets["eval"].records()] == ["def f():\n    return 1\n"]
 
 
 def test_a_share_stands_beside_evaluation_sources(tmp_path: Path, tokenizer: Tokenizer) -> None:

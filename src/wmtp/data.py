@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from wmtp import config as settings
+from wmtp.paths import open_to_all
 from wmtp.sources import (
     DataError,
     Part,
@@ -37,8 +39,8 @@ from wmtp.sources import (
     refuse_evaluation,
 )
 
-FORMAT = 1
-"""Of kept tokens; another number when the same file would give other tokens."""
+FORMAT = 2
+"""Of kept tokens; another number when the same file would give other tokens, or another count."""
 CHUNK = 4_000_000
 """Characters that are tokenized together."""
 
@@ -202,6 +204,8 @@ class Tokens:
     """`[D]` int64."""
     digests: np.ndarray
     """`[D]` uint64; see `text_digest`."""
+    keys: np.ndarray
+    """`[D]` uint64; see `text_key`."""
     counts: Counter[str]
     """How many records of each layout there were, or were passed over."""
 
@@ -210,21 +214,29 @@ class Tokens:
         if chosen.all():
             return self
         ids = self.ids[np.repeat(chosen, self.lengths)]
-        return Tokens(ids, self.lengths[chosen], self.digests[chosen], self.counts)
+        return Tokens(ids, self.lengths[chosen], self.digests[chosen], self.keys[chosen], self.counts)
+
+
+ARRAYS = ("ids", "lengths", "digests", "keys")
+"""The fields of `Tokens` that are arrays, in order."""
 
 
 def joined(parts: Sequence[Tokens]) -> Tokens:
     """All documents of at least one ``parts``."""
     if len(parts) == 1:
         return parts[0]
-    ids, lengths, digests = ([getattr(part, name) for part in parts] for name in ("ids", "lengths", "digests"))
-    counts = sum((part.counts for part in parts), Counter())
-    return Tokens(np.concatenate(ids), np.concatenate(lengths), np.concatenate(digests), counts)
+    ids, lengths, digests, keys = (np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS)
+    return Tokens(ids, lengths, digests, keys, sum((part.counts for part in parts), Counter()))
 
 
 def text_digest(text: str) -> int:
     """The first 64 bits of a text's SHA-256: its identity, and, over `2**64`, which side of a split it falls on."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def text_key(text: str) -> int:
+    """`text_digest` of what is not whitespace: one text in two layouts, whose parts are joined otherwise, has one."""
+    return text_digest("".join(text.split()))
 
 
 def tokens_of(
@@ -246,41 +258,60 @@ def tokens_of(
     began = time.monotonic()
     tokens = _tokenized(part, tokenizer, threads)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_name(f".{file.stem}.{os.getpid()}")
-        tensors = {"ids": tokens.ids, "lengths": tokens.lengths, "digests": tokens.digests}
-        save_file(tensors, staging, {"made_of": made_of, "counts": json.dumps(tokens.counts)})
-        with staging.open("rb") as handle:
-            os.fsync(handle.fileno())
-        staging.replace(file)
+        try:
+            _keep(file, tokens, made_of)
+        except (OSError, SafetensorError) as error:
+            tell(f"data      warn  {file} can't be written ({error}): tokens are made again by the next run")
     seconds = time.monotonic() - began
     tell(f"data      {part.name}: {described(tokens.counts)}; {len(tokens.ids)} tokens, made in {seconds:.1f} s")
     return tokens
+
+
+def _keep(file: Path, tokens: Tokens, made_of: str) -> None:
+    """Raises OSError or SafetensorError; nothing is left then."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.stem}.", dir=file.parent)
+    staging = Path(name)
+    try:
+        os.close(descriptor)
+        about = {"made_of": made_of, "counts": json.dumps(tokens.counts)}
+        save_file({name: getattr(tokens, name) for name in ARRAYS}, staging, about)
+        open_to_all(staging)
+        with staging.open("rb") as handle:
+            os.fsync(handle.fileno())
+        staging.replace(file)
+    except FileNotFoundError:  # another's clean-up took it
+        if not file.is_file():
+            raise
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _kept(file: Path, made_of: str, tokenizer: Tokenizer) -> Tokens:
     """Raises OSError, SafetensorError or ValueError for what is torn, or is not what its name says."""
     with safe_open(file, framework="numpy") as found:
         about = found.metadata() or {}
-        if about.get("made_of") != made_of or {*found.keys()} != {"ids", "lengths", "digests"}:
+        if about.get("made_of") != made_of or {*found.keys()} != {*ARRAYS}:
             raise ValueError("not made of this file by this tokenizer")
-        ids, lengths, digests = (found.get_tensor(name) for name in ("ids", "lengths", "digests"))
-    whole = lengths.sum() == len(ids) and len(lengths) == len(digests)
+        ids, lengths, digests, keys = (found.get_tensor(name) for name in ARRAYS)
+    whole = lengths.sum() == len(ids) and len(lengths) == len(digests) == len(keys)
     if not whole or ids.max(initial=0) >= len(tokenizer.pieces()):
         raise ValueError("its parts do not fit each other")
-    return Tokens(ids, lengths, digests, Counter(json.loads(about["counts"])))
+    return Tokens(ids, lengths, digests, keys, Counter(json.loads(about["counts"])))
 
 
 def _tokenized(part: Part, tokenizer: Tokenizer, threads: int) -> Tokens:
     counts: Counter[str] = Counter()
     kind = np.dtype(np.uint16 if len(tokenizer.pieces()) <= 2**16 else np.int32)
-    ids, lengths, digests = [np.empty(0, kind)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+    ids, lengths = [np.empty(0, kind)], [np.empty(0, np.int64)]
+    digests, keys = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
     for texts in _chunks(record.text for record in records_of(part, counts)):
         documents = tokenize(texts, tokenizer, threads)
         lengths.append(np.array([len(document) for document in documents]))
         ids.append(np.fromiter(chain.from_iterable(documents), kind, lengths[-1].sum()))
         digests.append(np.array([text_digest(text) for text in texts], np.uint64))
-    return Tokens(np.concatenate(ids), np.concatenate(lengths), np.concatenate(digests), counts)
+        keys.append(np.array([text_key(text) for text in texts], np.uint64))
+    return Tokens(np.concatenate(ids), np.concatenate(lengths), np.concatenate(digests), np.concatenate(keys), counts)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -469,7 +500,7 @@ def read_sets(
     train = tokens(data.train.sources, allowed=data.train.allow_evaluation_data)
     together, own = joined([*held, *train]), joined(train)
     named = len(together.lengths) - len(own.lengths)
-    trained, split = sides(own.digests, together.digests[:named], data.eval.share)
+    trained, split = sides(own.digests, own.keys, together.keys[:named], data.eval.share)
     sets = {"train": corpus(own, data.train.sources, trained, data.train)}
     if data.eval.held_out:
         chosen = np.concatenate((np.ones(named, dtype=bool), split))
@@ -477,23 +508,25 @@ def read_sets(
     return sets
 
 
-def sides(train: np.ndarray, held: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+def sides(digests: np.ndarray, keys: np.ndarray, held: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Which documents of the training sources are trained on, and which the split holds out: `[D]` bool each.
 
-    ``train`` `[D]` and ``held`` are `text_digest`s. What an evaluation source has is not trained on; of the others
-    those whose digest, as a fraction of 1, lies below ``share`` are held out: by the text alone, whatever is beside it.
+    ``digests`` `[D]` are `text_digest`s, ``keys`` `[D]` and ``held`` `text_key`s. What an evaluation source has is not
+    trained on, whatever its whitespace; of the others those whose digest, as a fraction of 1, lies below ``share`` are
+    held out: by the text alone, whatever is beside it.
     """
-    known, below = np.isin(train, held), train < np.uint64(share * 2**64)
-    trained, split = ~known & ~below, ~known & below
+    known, below = np.isin(keys, held), digests < np.uint64(share * 2**64)
+    split = ~known & below
+    trained = ~known & ~below & ~np.isin(keys, keys[split])
     if not trained.any():
         raise DataError(
-            f"data.train.sources: of {len(train)} documents there is no text that is not held out\n"
+            f"data.train.sources: of {len(digests)} documents there is no text that is not held out\n"
             "  rule: at least one document to train on\n"
             "  next: look at the folders, at data.eval.sources and data.eval.share"
         )
     if share and not split.any():
         raise DataError(
-            f"data.eval.share: {share} holds out none of {len(train)} documents\n"
+            f"data.eval.share: {share} holds out none of {len(digests)} documents\n"
             "  rule: a split has documents on both sides\n"
             "  next: a larger share, or data.eval.sources and data.eval.share: 0"
         )

@@ -78,3 +78,10 @@ class PathResolver:
         if root and under_app(path):
             return posixpath.normpath(os.path.abspath(root) + path.removeprefix(APP))  # noqa: PTH100
         return path
+
+
+def open_to_all(file: Path) -> None:
+    """Give ``file`` the mode that a new file has here: what safetensors writes, its owner alone could read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)

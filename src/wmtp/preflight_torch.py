@@ -32,7 +32,7 @@ import torch
 
 from wmtp import config as settings
 from wmtp import headers, memory, twin
-from wmtp.data import Tokenizer, load_tokenizer, pack, sides, text_digest, tokenize
+from wmtp.data import Tokenizer, load_tokenizer, pack, sides, text_digest, text_key, tokenize
 from wmtp.headers import Bucket, BucketError, Folder, Source
 from wmtp.memory import GIB, MARGIN, Peak
 from wmtp.model import ModelError, ModelSpec
@@ -246,9 +246,10 @@ def check_data(
             texts[part] += found or []
     if not whole:
         return
-    digests = {part: np.array([text_digest(text) for text in some], np.uint64) for part, some in texts.items()}
+    digests = np.array([text_digest(text) for text in texts["train"]], np.uint64)
+    keys = {part: np.array([text_key(text) for text in some], np.uint64) for part, some in texts.items()}
     try:
-        trained, split = sides(digests["train"], digests["eval"], recipe.data.eval.share)
+        trained, split = sides(digests, keys["train"], keys["eval"], recipe.data.eval.share)
     except DataError as error:
         yield _failed("data.train", error)
         return
