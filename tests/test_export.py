@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import server  # type: ignore[import-not-found]  # beside this file
 from test_model import KINDS, SMALL, lively, written  # type: ignore[import-not-found]  # beside this file
 from test_weights import write_hf, write_meta  # type: ignore[import-not-found]  # beside this file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -15,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from wmtp import export as export_module
 from wmtp.export import export_hf, main
 from wmtp.model import MTPModel
+from wmtp.outcome import failure
 from wmtp.weights import add_heads, load_model, load_state, read_spec, stream, value_head_state
 
 # ---- export -------------------------------------------------------------------------------------
@@ -152,6 +158,44 @@ def test_a_card_names_base_heads_and_licences_and_brings_them(tmp_path: Path) ->
     export_hf(load_state(source, read_spec(source)), read_spec(source), target, source, ["Trained for 3 steps with x."])
     card = (target / "README.md").read_text()
     assert card.startswith("# a-base") and "See the source" in card and "Trained for 3 steps with x." in card
+
+
+def exported_with_little_room(source: str, target: str, layout: str, queue: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = main(["--from", source, "--to", target, "--layout", layout])
+        spec = read_spec(Path(source))
+        try:
+            export_hf(load_state(Path(source), spec), spec, Path(target), Path(source))
+            ended = 0
+        except Exception as error:
+            ended = failure(error, 0, None)[0]
+    queue.put((code, told.getvalue(), ended))
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_a_disk_that_is_full_is_told_from_a_bad_model(tmp_path: Path, layout: str) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    write_meta(source)
+    queue = server().Queue()
+    child = server().Process(target=exported_with_little_room, args=(str(source), str(target), layout, queue))
+    child.start()
+    code, told, ended = queue.get(timeout=60)
+    child.join()
+    assert code == 10 and "export    FAIL" in told and "rule  the target's disk has room" in told, told
+    assert ended == 10
+
+
+def test_what_is_written_has_the_mode_of_new_files(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_meta(source)
+    target = converted(source, tmp_path / "out", "hf")
+    (tmp_path / "usual").touch()
+    assert {file.stat().st_mode for file in target.iterdir()} == {(tmp_path / "usual").stat().st_mode}
 
 
 def test_what_can_not_be_written_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

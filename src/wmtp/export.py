@@ -11,12 +11,14 @@ a place that can't be used, 10 the disk is full or can't be written.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from wmtp.model import FAMILIES, ModelError, ModelSpec, family_settings
+from wmtp.paths import open_to_all
 from wmtp.weights import (
     EXTRA_HEADS,
     META_NAMES,
@@ -60,8 +63,6 @@ def export_hf(
     heads. Tokenizer, licences and generation settings come from ``source``; ``told``: sentences of the card about how
     it was made.
     """
-    from safetensors.torch import save_file
-
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[spec.family]
@@ -83,8 +84,7 @@ def export_hf(
             plain[f"{theirs[root]}.{rest}"] = value
     shards = _shards(plain)
     for number, shard in enumerate(shards, 1):
-        tensors = {key: _whole(plain[key]) for key in shard}
-        save_file(tensors, folder / _shard_name(number, len(shards)), metadata={"format": "pt"})
+        _save({key: _whole(plain[key]) for key in shard}, folder / _shard_name(number, len(shards)))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(t.nbytes for t in plain.values())},
@@ -94,7 +94,7 @@ def export_hf(
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     if extra:
-        save_file(extra, folder / EXTRA_HEADS, metadata={"format": "pt"})
+        _save(extra, folder / EXTRA_HEADS)
     config = family_settings(spec) | {
         "model_type": spec.family,
         "architectures": [family.prefix + family.causal],
@@ -110,6 +110,27 @@ def export_hf(
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _copy(source, folder, (*TOKENIZER_FILES, "generation_config.json"))
     write_card(source, folder, spec, told)
+
+
+@contextlib.contextmanager
+def _disk(file: Path) -> Iterator[None]:
+    """What the libraries say of a disk that is full or can't be written, as an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        said = str(error).partition("\n")[0]
+        raise OSError(int(number[1]) if number else errno.ENOSPC, f"not written whole ({said})", str(file)) from error
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    with _disk(file):
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    open_to_all(file)
 
 
 def _whole(value: Tensor | Stored) -> Tensor:
@@ -185,7 +206,8 @@ def export_meta(state: Mapping[str, Stored], spec: ModelSpec, folder: Path, sour
             place = f"extra_heads.{int(number) - 1}." if kind == "heads" else ""
         named[place + theirs[rest if place else key]] = _meta_order(key, stored, spec)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(named, folder / META_WEIGHTS)
+    with _disk(folder / META_WEIGHTS):
+        torch.save(named, folder / META_WEIGHTS)
     (folder / "params.json").write_text(json.dumps(params) + "\n")
     _copy(source, folder, TOKENIZER_FILES)
     write_card(source, folder, spec)

@@ -28,6 +28,7 @@ from wmtp.tracking import Tracker
 from wmtp.watch import Watch
 
 SETTLE_S = 20.0  # torchrun gives its workers 30 s
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
 
 
@@ -152,7 +153,7 @@ def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, st
     if isinstance(error, BadInput | DataError | ModelError):
         return BAD_INPUT, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
     system = error.__cause__ if isinstance(error, CheckpointError) else error
-    full = isinstance(system, OSError) and system.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+    full = isinstance(system, OSError) and system.errno in UNWRITABLE
     code = TRANSFER if isinstance(error, TransferError) else DISK if full else FAILED
     kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
     first = f"read {log}, then " if log and code == FAILED else "mend it, then "
