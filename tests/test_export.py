@@ -150,7 +150,7 @@ def test_a_card_names_base_heads_and_licences_and_brings_them(tmp_path: Path) ->
     (source / "README.md").write_text("---\nlanguage: en\nlicense: llama2\n---\n# A base\n")
     (source / "generation_config.json").write_text('{"max_length": 7}')
     card = (converted(source, target, "hf") / "README.md").read_text()
-    assert card.startswith("---\nlicense: llama2\n---\n# a-base, with 3 heads\n".replace("---\n#", "---\n\n#"))
+    assert card.startswith('---\nlicense: "llama2"\n---\n\n# a-base, with 3 heads\n')
     assert "2 layers and 3 heads" in card and "Made of `a-base`" in card and "`LICENSE.txt`, `USE_POLICY.md`" in card
     assert (target / "LICENSE.txt").read_text() == "theirs" and (target / "USE_POLICY.md").exists()
     assert (target / "generation_config.json").read_text() == '{"max_length": 7}'
@@ -158,6 +158,35 @@ def test_a_card_names_base_heads_and_licences_and_brings_them(tmp_path: Path) ->
     export_hf(load_state(source, read_spec(source)), read_spec(source), target, source, ["Trained for 3 steps with x."])
     card = (target / "README.md").read_text()
     assert card.startswith("# a-base") and "See the source" in card and "Trained for 3 steps with x." in card
+
+
+def test_a_card_says_every_word_of_a_licence_as_the_source_does(tmp_path: Path) -> None:
+    source, target = tmp_path / "a-base", tmp_path / "out"
+    source.mkdir()
+    write_meta(source)
+    for name in ("License", "copying.txt", "Use_Policy.md"):
+        (source / name).write_text(name)
+    front = (
+        b'---\nlicense: "other"  # theirs\nlicense_name: llama3\nlicense_link: LICENSE\ntags:\n- caf\xe9\n---\n# A\n'
+    )
+    (source / "README.md").write_bytes(front)
+    card = (converted(source, target, "hf") / "README.md").read_text()
+    assert card.startswith('---\nlicense: "other"\nlicense_name: "llama3"\nlicense_link: "LICENSE"\n---\n\n# a-base')
+    assert "`llama3`, as the source says" in card and "`License`, `Use_Policy.md`, `copying.txt`" in card
+    assert (target / "copying.txt").exists()
+    (source / "README.md").write_text("---\nlicense: [\n---\n# A\n")
+    assert (converted(source, tmp_path / "torn", "hf") / "README.md").read_text().startswith("# a-base")
+
+
+def test_a_matrix_that_its_file_has_turned_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_meta(source)
+    state = torch.load(source / "consolidated.pth", weights_only=True)
+    torch.save({k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in state.items()}, source / "consolidated.pth")
+    target = converted(source, tmp_path / "hf", "hf")
+    found, given = (load_state(folder, read_spec(folder)) for folder in (target, source))
+    assert all(torch.equal(found[name].whole(), value.whole()) for name, value in given.items())
 
 
 def exported_with_little_room(source: str, target: str, layout: str, queue: Any) -> None:

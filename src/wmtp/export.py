@@ -19,10 +19,13 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from torch import Tensor
 
 from wmtp.model import FAMILIES, ModelError, ModelSpec, family_settings
@@ -47,7 +50,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-LICENCES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
+LICENCES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*", "COPYING*")
 CARD = "README.md"
 
 
@@ -138,21 +141,46 @@ def _whole(value: Tensor | Stored) -> Tensor:
 
 
 def _copy(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
-    names = sorted({path.name for pattern in patterns for path in source.glob(pattern) if path.is_file()})
+    """The names of the files of ``source`` that are like one of ``patterns``, in any case, now also in ``folder``."""
+    names = sorted(
+        path.name
+        for path in source.iterdir()
+        if path.is_file() and any(fnmatchcase(path.name.lower(), pattern.lower()) for pattern in patterns)
+    )
     for name in names:
         if source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
     return names
 
 
+def _licence(card: Path) -> dict[str, Any]:
+    """What the front matter of a model card says under keys that begin with ``license``."""
+    text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"\ufeff?---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", text, re.DOTALL)
+    try:
+        said = YAML(typ="safe").load(front[1]) if front else None
+    except (YAMLError, ValueError):  # theirs, and no reason to end an export
+        said = None
+    return {k: v for k, v in said.items() if str(k).startswith("license")} if isinstance(said, dict) else {}
+
+
 def write_card(source: Path, folder: Path, spec: ModelSpec, told: Sequence[str] = ()) -> None:
     """A model card that says what the folder is, and the source's licences, copied beside it."""
-    front = (source / CARD).read_text("utf-8") if (source / CARD).is_file() else ""
-    found = re.match(r"---\n(?:.*\n)*?license:\s*(\S+)\s*\n", front.partition("\n---")[0] + "\n")
+    licence = _licence(source / CARD)
+    named = licence.get("license_name") or licence.get("license")
     files = _copy(source, folder, LICENCES)
     base = source.resolve().name
     lines = [
-        *(["---", f"license: {found[1]}", "---", ""] if found else []),
+        *(
+            [
+                "---",
+                *(f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in licence.items()),
+                "---",
+                "",
+            ]
+            if licence
+            else []
+        ),
         f"# {base}, with {spec.heads} heads",
         "",
         f"A {FAMILIES[spec.family].prefix} of {spec.trunk_layers} layers and {spec.heads} heads. Head `k` is one layer",
@@ -164,7 +192,7 @@ def write_card(source: Path, folder: Path, spec: ModelSpec, told: Sequence[str] 
         "",
         "## Licence",
         "",
-        f"{f'`{found[1]}`, as the source says' if found else 'See the source'}"
+        f"{f'`{named}`, as the source says' if named else 'See the source'}"
         f"{'; its own words: ' + ', '.join(f'`{name}`' for name in files) if files else ''}.",
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n")

@@ -221,9 +221,9 @@ class Stored:
             at += size
 
     def whole(self) -> Tensor:
-        """All of it: as it is mapped where it is one piece as it should be, else a copy."""
+        """All of it, contiguous: as it is mapped where it is one piece as it should be, else a copy."""
         if len(self.pieces) == 1 and not self.n_heads:
-            return self.pieces[0]
+            return self.pieces[0].contiguous()
         target = torch.empty(self.shape, dtype=self.dtype)
         self.copy_to(target, (0,) * target.ndim)
         return target
