@@ -65,9 +65,11 @@ def soak(app: Path, algorithm: str, steps: int, kills: int, draw: random.Random)
         done, began = cut.log().count("Step "), time.monotonic()
         # Half of the kills anywhere before the first step, half in the thick of the steps and of their saves.
         if kill % 2:
-            time.sleep(draw.uniform(0, first_step))
+            moment = began + draw.uniform(0, first_step)
+            while time.monotonic() < moment and cut.log().count("Step ") == done:
+                time.sleep(0.002)
         else:
-            wanted = draw.randint(1, max(2, 2 * steps // kills))
+            wanted = draw.randint(1, max(2, steps // kills))
             while cut.log().count("Step ") < done + wanted and any(rank.is_alive() for rank in cut.ranks):
                 assert time.monotonic() - began < 300, cut.log()[-2000:]
                 time.sleep(0.002)

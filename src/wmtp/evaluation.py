@@ -125,3 +125,11 @@ def show_weights(
         for file in ("weights.html", "weights.png"):
             tracker.artifact(final / file)
         say(f"weights   {final / 'weights.html'}, and as a picture: weights.png")
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def shown(values: list[float]) -> str:
+    return " ".join(f"{v:.3f}" for v in values)

@@ -20,6 +20,7 @@ from wmtp.config import Config, Recipe
 from wmtp.data import Batches
 from wmtp.evaluation import held_out_value
 from wmtp.outcome import Stop, Stopped, say
+from wmtp.paths import open_to_all
 from wmtp.ranks import Place
 from wmtp.step import Ahead, clip, last_of, share_of, value_error
 
@@ -117,5 +118,6 @@ def export(head: nn.Module, checkpoints: Checkpoints, recipe: Recipe) -> None:
         staging = checkpoints.folder / ".step-value_head"
         staging.mkdir(exist_ok=True)
         save_file({"value_head.weight": whole.detach().cpu().contiguous()}, staging / "value_head.safetensors")
+        open_to_all(staging / "value_head.safetensors")
         checkpoints.finish(staging, final)
     checkpoints.upload(final)  # also what a kill kept from it

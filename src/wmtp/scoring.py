@@ -30,7 +30,7 @@ from wmtp.data import Corpus, Piece, Rows, Tokenizer
 from wmtp.model import MTPModel, RewardModel
 from wmtp.objective import make_labels
 from wmtp.outcome import Stop, Stopped, local_path, say
-from wmtp.paths import PathResolver
+from wmtp.paths import PathResolver, open_to_all
 from wmtp.ranks import Place
 from wmtp.scorekey import REFERENCE, kept_name, scorer_of
 from wmtp.sources import Record
@@ -139,6 +139,7 @@ class Kept:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         save_file({name: values.contiguous() for name, values in scores.items()}, staging / "scores.safetensors")
+        open_to_all(staging / "scores.safetensors")
         (staging / "made-of.json").write_text(json.dumps(what, indent=1))
         if (self.folder / MARKER).is_file():
             shutil.rmtree(staging)  # another run was faster, and may be reading its own

@@ -36,7 +36,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from wmtp import config as settings
 from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
-from wmtp.evaluation import held_out_ce, show_weights
+from wmtp.evaluation import held_out_ce, mean, show_weights, shown
 from wmtp.export import export_hf
 from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, shard_units
 from wmtp.objective import weight_statistics
@@ -524,17 +524,6 @@ def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Pat
         export_hf(whole, spec, staging, base, [told])
         checkpoints.finish(staging, final)
         checkpoints.upload(final)
-
-
-# ---- small things ------------------------------------------------------------------------------------------------
-
-
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def shown(values: list[float]) -> str:
-    return " ".join(f"{v:.3f}" for v in values)
 
 
 def main(argv: list[str] | None = None) -> int:
