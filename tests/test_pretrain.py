@@ -20,7 +20,7 @@ from wmtp.ranks import Place
 ROOT = Path(__file__).parents[1]
 SPEC = ModelSpec("hf", 4, 32, 1, 4, 4, 64, 97)
 CPU = Place(torch.device("cpu"))
-STOP: Any = SimpleNamespace(cause=None, beat=lambda where: None, rest=lambda: None)
+STOP: Any = SimpleNamespace(cause=None, beat=lambda where: None, rest=lambda over=False: None)
 
 
 def settings(*sets: str) -> tuple[Config, Recipe]:

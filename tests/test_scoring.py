@@ -72,6 +72,9 @@ class Stop:
     def beat(self, where: str) -> None:
         """Nobody watches."""
 
+    def rest(self, over: bool = False) -> None:
+        """Nor here."""
+
 
 def corpus_of(count: int = 60, longest: int = 50, max_length: int = 24, pack_sequences: bool = True) -> Corpus:
     generator = torch.Generator().manual_seed(1)
