@@ -89,7 +89,7 @@ def test_a_resume_that_goes_another_way_is_found(
     (tmp_path / "live.json").write_text('{"weights": 60, "Adam": 40}')
     monkeypatch.setattr(twin, "predict", lambda *_: known)
     monkeypatch.setattr(twin, "import_early", lambda: None)
-    monkeypatch.setattr(twin, "make_world", lambda *_: None)
+    monkeypatch.setattr(twin, "make_world", lambda *_: 512)
     monkeypatch.setattr(twin, "start", lambda *_: [0, 0])
     monkeypatch.setattr(twin, "losses", lambda _: next(runs))
     if found is None:

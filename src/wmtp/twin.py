@@ -130,8 +130,8 @@ def write_model(folder: Path, role: str, spec: ModelSpec, tokenizer: Path, seed:
         torch.save(named, folder / "model.bin")
 
 
-def make_world(app: Path, config: settings.Config, recipe: settings.Recipe, origin: str | None = None) -> None:
-    """Under ``app``, which stands for /app: data, tokenizer and the models that the recipe needs.
+def make_world(app: Path, config: settings.Config, recipe: settings.Recipe, origin: str | None = None) -> int:
+    """Under ``app``, which stands for /app: data, tokenizer and the models that the recipe needs; its pieces.
 
     ``origin`` is what /app stands for otherwise: the user's own models and data are there.
     """
@@ -155,6 +155,7 @@ def make_world(app: Path, config: settings.Config, recipe: settings.Recipe, orig
         lacks = recipe.model.new_heads and spec.heads < recipe.model.heads
         spec = spec if lacks else dataclasses.replace(spec, heads=recipe.model.heads)
         write_model(app / "models" / role, role, shrunken(spec, vocab), app / "tokenizer", seed)
+    return vocab
 
 
 def arguments(app: Path, config: settings.Config, recipe: settings.Recipe, ranks: int) -> list[str]:
@@ -273,9 +274,10 @@ def live(
     config, recipe = settings.load_pair(config_file, recipe_file, overrides, env=env)
     import_early()
     ranks = 2 if config.devices.distributed.enabled and config.launcher.resources.gpus > 1 else 1
-    make_world(app, config, recipe, origin)
+    vocab = make_world(app, config, recipe, origin)
     argv = ["--config", config_file, "--recipe", recipe_file, "--run-name", "twin", "--env", "test"]
     argv += [word for o in overrides for word in ("--set", o)] + arguments(app, config, recipe, ranks)
+    argv += ["--set", f"model.vocab_size={vocab}"]
     folder, log = app / "checkpoints" / "twin", app / "log"
 
     def trained(what: str, kept: Path | None = None) -> dict[int, float]:
