@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import plants  # type: ignore[import-not-found]  # beside this file; pytest finds it
 import pytest
@@ -214,6 +215,15 @@ def test_rank_0_tokenizes_while_the_others_wait(
 # ---- notice to stop --------------------------------------------------------------------------------------------------
 
 
+def told_to_end(run: Run) -> dict[str, Any]:
+    """SIGTERM to all ranks, which end with 75; the exit file."""
+    for rank in run.ranks:
+        assert rank.pid
+        os.kill(rank.pid, signal.SIGTERM)
+    assert run.wait() == 75, run.log()
+    return dict(json.loads((run.app / f"{run.run}-exit.json").read_text()))
+
+
 @pytest.mark.parametrize("stage", ["scoring", "stage 1", "stage 2"])
 def test_sigterm_saves_ends_with_75_and_goes_on(app: Path, stage: str) -> None:
     run = Run(
@@ -229,11 +239,7 @@ def test_sigterm_saves_ends_with_75_and_goes_on(app: Path, stage: str) -> None:
     while not there[stage]():
         assert time.monotonic() < deadline, run.log()
         time.sleep(0.002)
-    for rank in run.ranks:
-        assert rank.pid
-        os.kill(rank.pid, signal.SIGTERM)
-    assert run.wait() == 75, run.log()
-    ended = json.loads((app / "r-exit.json").read_text())
+    ended = told_to_end(run)
     assert ended["code"] == 75 and ended["cause"] == "SIGTERM"
     assert "Traceback" not in run.log() and "the same command goes on" in run.log()
     run.whole()
@@ -257,11 +263,7 @@ def test_sigterm_while_a_checkpoint_is_written_or_brought_to_the_bucket_leaves_b
     while not (folder / ".step-3").exists() if stage == "save" else "save      step 3" not in run.log():
         assert time.monotonic() < deadline, run.log()
         time.sleep(0.001)
-    for rank in run.ranks:
-        assert rank.pid
-        os.kill(rank.pid, signal.SIGTERM)
-    assert run.wait() == 75, run.log()
-    ended = json.loads((app / "r-exit.json").read_text())
+    ended = told_to_end(run)
     shelf = Checkpoints(tmp := app / "elsewhere", f"{prefix}/r", keep_last=2, retries=3, concurrency=4, part_mb=5)
     assert shelf.remote_steps()[-1] == ended["step"] and not tmp.joinpath("step-3").exists()
     shutil.rmtree(folder)  # another node has nothing but the bucket

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from wmtp.config import Recipe
 from wmtp.model import FAMILIES, ModelError, ModelSpec, MTPModel, RewardModel, family_spec, finish_meta, need
 from wmtp.vocab import shape_file
 
+AnyModel = TypeVar("AnyModel", MTPModel, RewardModel)
 META_WEIGHTS = "consolidated.pth"
 EXTRA_HEADS = "mtp_heads.safetensors"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -512,20 +513,20 @@ def reward_state(folder: Path | str, spec: ModelSpec, raw: Mapping[str, Stored])
 def load_reward(folder: Path, device: torch.device | str) -> RewardModel:
     """One whole reward model on one device, in float32."""
     spec = read_spec(folder)
-    state = load_reward_state(folder, spec)
-    with torch.device("meta"):
-        model = RewardModel(spec)
-    finish_meta(model, device)
-    stream(model, state)
-    return model
+    return _whole_model(RewardModel, spec, load_reward_state(folder, spec), device)
 
 
 def load_model(folder: Path, device: torch.device | str) -> MTPModel:
     """One whole model on one device, in float32 (the registry's ``standardized-model-loader``)."""
     spec = read_spec(folder)
-    state = load_state(folder, spec)
+    return _whole_model(MTPModel, spec, load_state(folder, spec), device)
+
+
+def _whole_model(
+    kind: type[AnyModel], spec: ModelSpec, state: Mapping[str, Stored], device: torch.device | str
+) -> AnyModel:
     with torch.device("meta"):
-        model = MTPModel(spec)
+        model = kind(spec)
     finish_meta(model, device)
     stream(model, state)
     return model
