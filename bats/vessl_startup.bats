@@ -227,7 +227,7 @@ for line in open(sys.argv[1]):
   [[ $stderr == *'MAX_HOURS: 0.0003 h'* ]]
   MAX_HOURS=7.77 run -0 --separate-stderr startup
   sleep 0.5
-  run -1 pgrep -f 'sleep 27972'
+  run -1 pgrep -f 'clock 27972'
 }
 
 @test "vessl_startup: a training that does not end with its hours is killed after the grace" {

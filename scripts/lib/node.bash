@@ -45,10 +45,10 @@ limit_hours() {
   trap 'over_time=1; on_signal 75' USR1
   # A run that hangs does not save either: after the grace its processes are killed, the last checkpoint stays.
   trap 'hung=1; if ((child)); then kill -KILL "$child" 2>/dev/null || true; fi' USR2
-  # Clock and sleeper die with this script.
+  # It dies with this script, and waits without a child of its own, which could stay behind.
   # shellcheck disable=SC2016
-  "${tied[@]}" bash -c 'seconds=$1 whom=$2; grace=$3; shift 3; "$@" sleep "$seconds"; kill -USR1 "$whom"; "$@" sleep "$grace"; kill -USR2 "$whom"' \
-    clock "$seconds" $$ "${WMTP_GRACE_S:-1200}" "${tied[@]}" \
+  "${tied[@]}" bash -c 'exec 9<> <(:); read -rt "$1" -u 9; kill -USR1 "$2"; read -rt "$3" -u 9; kill -USR2 "$2"' \
+    clock "$seconds" $$ "${WMTP_GRACE_S:-1200}" \
     >/dev/null 2>&1 </dev/null &
   log startup "at most $1 h (MAX_HOURS): then it saves and ends"
 }
