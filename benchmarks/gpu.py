@@ -18,10 +18,13 @@ import importlib
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,13 +32,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from loss import forget_peak, peak_mib  # type: ignore[import-not-found]
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from wmtp import memory
 from wmtp.config import Config, Recipe, load_pair
 from wmtp.data import Batches, pack
 from wmtp.meter import flops_per_token, peak_flops
-from wmtp.model import LMHead, ModelSpec, MTPModel, Weighing
-from wmtp.optim import adamw
+from wmtp.model import LMHead, ModelSpec, MTPModel, Weighing, _Compiled
+from wmtp.optim import adamw, rows_per_step
 from wmtp.ranks import Place
 from wmtp.step import Weighting, clip_gradients, share_of, train_step
 from wmtp.train import allocate, mesh_of, planned_model
@@ -61,7 +65,7 @@ class Bench:
 
     @property
     def rounds(self) -> int:
-        return 2 if self.tiny else 8
+        return 2 if self.tiny else 5
 
     def write(self, *lines: str) -> None:
         with self.out.open("a") as file:
@@ -94,12 +98,12 @@ class Bench:
             found.append(time.perf_counter() - began)
         return statistics.median(found[2:])
 
-    def settings(self) -> tuple[Config, Recipe]:
-        """Production's, with one micro-batch a step, on one rank: a run of one is not sharded, but each of many is."""
-        sets = ["train.accumulation_steps=1"]
-        sets += [f"data.{part}.max_length={self.length}" for part in ("train", "eval")]
+    def settings(self, *changes: str) -> tuple[Config, Recipe]:
+        """Production's, on one rank: a run of one is not sharded, but each of many is."""
+        sets = [f"data.{part}.max_length={self.length}" for part in ("train", "eval")]
         if self.device == "cpu":
-            sets += ["devices.compute_backend=cpu", "devices.distributed.backend=gloo"]
+            sets += ["devices.compute_backend=cpu", "devices.distributed.backend=gloo", "devices.compile=false"]
+        sets += changes
         files = (ROOT / "configs/config.vessl.yaml", ROOT / "configs/recipe.baseline_mtp.yaml")
         config, recipe = load_pair(*files, sets, env="production")
         one = config.launcher.resources.model_copy(update={"gpus": 1})
@@ -119,30 +123,32 @@ class Bench:
 class Training:
     """The trainer's step on a model of random weights."""
 
-    def __init__(self, bench: Bench, spec: ModelSpec, compiled: bool = False) -> None:
-        config, self.recipe = bench.settings()
+    def __init__(self, bench: Bench, spec: ModelSpec, *changes: str) -> None:
+        config, self.recipe = bench.settings(*changes)
         self.place, self.spec = bench.place(), spec
         self.weighting = Weighting(self.recipe)
         self.model: MTPModel = planned_model(config, self.recipe, spec, self.weighting)
-        if compiled:
-            for layer in [*self.model.layers, *self.model.heads]:
-                layer.compile(backend="inductor" if bench.device == "cuda" else "aot_eager")
         allocate(self.model, config, mesh_of(config, self.place), self.place)
         for p in self.model.parameters():
             nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
         self.model.train()
         self.optimizer = adamw(self.model, self.recipe)
-        self.rows = self.recipe.data.train.batch_size
+        rows = rows_per_step(self.recipe, 1)
         g = torch.Generator().manual_seed(0)
-        x = torch.randint(spec.vocab_size, (4 * self.rows, bench.length), generator=g)
-        self.batches = Batches(pack(x.tolist(), bench.length, 2, True), self.rows, 0)
-        self.tokens = self.rows * bench.length
+        x = torch.randint(spec.vocab_size, (rows, bench.length), generator=g)
+        self.batches = Batches(pack(x.tolist(), bench.length, 2, True), rows, 0)
+        self.tokens = rows * bench.length
 
     def gradients(self) -> None:
-        share = share_of(self.batches, 0, self.spec.heads, self.rows, self.place)
-        self.optimizer.zero_grad(set_to_none=True)
+        share = share_of(self.batches, 0, self.spec.heads, self.recipe.data.train.batch_size, self.place)
+        self.model.zero_grad(set_to_none=True)
         train_step(self.model, share, self.weighting, self.place)
         clip_gradients(self.model, self.recipe.optim.grad_clip)
+
+    def share_of_peak(self, bench: Bench, seconds: float) -> str:
+        name = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
+        most, done = peak_flops(name, "bf16"), flops_per_token(self.spec, bench.length) * self.tokens / seconds
+        return f"{100 * done / most:.1f} %" if most else f"not known ({done / 1e12:.4f} TFLOP/s)"
 
     def step(self) -> None:
         self.gradients()
@@ -167,16 +173,53 @@ def _step(bench: Bench, spec: ModelSpec) -> None:
     bench.forget()
     spent = bench.seconds(training.step)
     millions = sum(p.numel() for p in training.model.parameters()) / 1e6
-    name = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
-    most, done = peak_flops(name, "bf16"), flops_per_token(spec, bench.length) * training.tokens / spent
     bench.row(
         f"{spec.trunk_layers} + {spec.heads}",
         f"{millions:.1f} M",
         f"{training.tokens / spent:.0f}",
-        f"{100 * done / most:.1f} %" if most else f"not known ({done / 1e12:.4f} TFLOP/s)",
+        training.share_of_peak(bench, spent),
         f"{bench.peak_gib():.2f}",
         f"{told:.2f}",
     )
+    if bench.device == "cuda":
+        kernels(bench, training.step)
+
+
+PARTS = {
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "attention": ("fmha", "flash", "attention"),
+    "AdamW, clipping": ("multi_tensor", "adam", "lpnorm"),
+    "ranks": ("nccl",),
+    "softmax": ("softmax",),
+    "copies, casts, sums of gradients": ("copy", "memcpy", "memset", "cat", "add"),
+}
+"""Part of a step by words in a kernel's name; the first that fits."""
+
+
+def kernels(bench: Bench, step: Callable[[], None]) -> None:
+    """Where the time of a step goes, by kernel."""
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        step()
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - began
+    parts: Counter[str] = Counter()
+    names: Counter[str] = Counter()
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            lower = event.name.lower()
+            part = next((p for p, words in PARTS.items() if any(w in lower for w in words)), "the rest, elementwise")
+            parts[part] += event.device_time / 1e6
+            names[f"{event.name[:110]}`, {part}"] += event.device_time / 1e6
+    parts["no kernel"] = max(0.0, wall - parts.total())  # type: ignore[assignment]
+    bench.write("", f"One step under the profiler, {wall:.3f} s:", "")
+    bench.table("part", "share")
+    for part, spent in parts.most_common():
+        bench.row(part, f"{100 * spent / wall:.1f} %")
+    bench.write("")
+    bench.table("kernel", "share")
+    for name, spent in names.most_common(16):
+        bench.row(f"`{name}", f"{100 * spent / wall:.1f} %")
 
 
 def step_1b(bench: Bench) -> None:
@@ -184,11 +227,17 @@ def step_1b(bench: Bench) -> None:
     _step(bench, bench.spec(BILLION))
 
 
+def _card_bytes() -> int:
+    """Asked of the driver: a process that has touched the GPU can't fork the memory's walk."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return int(subprocess.check_output(command, text=True).split()[0]) << 20
+
+
 def step_7b(bench: Bench) -> None:
     """The 7B shape with as many layers as the card holds: a step as in production"""
     spec = bench.spec(SEVEN)
     if not bench.tiny:
-        room = 0.85 * torch.cuda.get_device_properties(0).total_memory - 6 * 2**30
+        room = _card_bytes() - 20 * 2**30
         while spec.trunk_layers > 1 and 4 * memory.whole_bytes(spec) > room:  # weights, gradients, two moments
             spec = dataclasses.replace(spec, trunk_layers=spec.trunk_layers - 1)
     _step(bench, spec)
@@ -216,15 +265,25 @@ def losses(bench: Bench) -> None:
     def cut(kind: str) -> Tensor:
         return importlib.import_module("cut_cross_entropy").linear_cross_entropy(flat(), head.weight, y, impl=kind)
 
+    quick = _Compiled.make()
+
+    def ours(positions: int | None, fused: type[_Compiled] | None = None) -> Tensor:
+        head.positions, head.fused = positions, fused
+        return head(hidden, labels, mask, mask.sum(), Weighing())[0]
+
     ways: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: head(hidden, labels, mask, mask.sum(), Weighing())[0],
+        "ours": lambda: ours(None),
+        "ours, 256 positions at once": lambda: ours(256),
+        "ours, 1024": lambda: ours(1024),
+        "ours, all": lambda: ours(n),
+        **({} if bench.tiny else {"ours, compiled": lambda: ours(None, quick)}),
         "naive: all logits": naive,
         "F.linear_cross_entropy": lambda: F.linear_cross_entropy(flat(), head.weight, y),
         "liger-kernel, fused linear": liger,
         "cut-cross-entropy": lambda: cut("cce"),
         "cut-cross-entropy, exact": lambda: cut("cce_exact"),
     }
-    pip = {"liger-kernel, fused linear": "liger-kernel"} | dict.fromkeys(list(ways)[4:], "cut-cross-entropy")
+    pip = {"liger-kernel, fused linear": "liger-kernel"} | dict.fromkeys(list(ways)[-2:], "cut-cross-entropy")
     bench.table("way", "ms", "peak GiB above inputs", "loss")
     for name, way in ways.items():
 
@@ -246,19 +305,35 @@ def losses(bench: Bench) -> None:
             bench.row(name, f"failed: {type(error).__name__}", "", "")
 
 
-def compiled(bench: Bench) -> None:
-    """torch.compile of each layer, on the model of 1 B"""
-    bench.table("layers", "tokens/s", "first step, s", "peak GiB")
-    for name, on in (("eager", False), ("compiled", True)):
-        training = Training(bench, bench.spec(BILLION), compiled=on)
-        began = time.perf_counter()
-        training.step()
-        first = time.perf_counter() - began
-        bench.forget()
-        spent = bench.seconds(training.step)
-        bench.row(name, f"{training.tokens / spent:.0f}", f"{first:.1f}", f"{bench.peak_gib():.2f}")
-        dist.destroy_process_group()
-        del training
+def layers(bench: Bench) -> None:
+    """Recomputation and torch.compile, on 8 + 4 layers of the 7B shape"""
+    bench.table(
+        "activation_ckpt", "compile", "tokens/s", "share of the peak", "first step, s", "peak GiB", "predicted GiB"
+    )
+
+
+def layers_as(bench: Bench, recompute: str, compiled: bool) -> None:
+    if bench.tiny and compiled:
+        bench.row(recompute, "true", "left out when tiny", "", "", "", "")
+        return
+    spec = bench.spec(dataclasses.replace(SEVEN, trunk_layers=8))
+    changes = [f"devices.fsdp.activation_ckpt={recompute}", f"devices.compile={str(compiled).lower()}"]
+    told = memory.apart(memory.step_peak, *bench.settings(*changes), spec).result().bytes / 2**30
+    training = Training(bench, spec, *changes)
+    began = time.perf_counter()
+    training.step()
+    first = time.perf_counter() - began
+    bench.forget()
+    spent = bench.seconds(training.step)
+    bench.row(
+        recompute,
+        str(compiled).lower(),
+        f"{training.tokens / spent:.0f}",
+        training.share_of_peak(bench, spent),
+        f"{first:.1f}",
+        f"{bench.peak_gib():.2f}",
+        f"{told:.2f}",
+    )
 
 
 def chunks(bench: Bench) -> None:
@@ -266,7 +341,7 @@ def chunks(bench: Bench) -> None:
     training = Training(bench, bench.spec(BILLION))
     bench.table("chunk_positions", "tokens/s", "peak GiB")
     for size in [None, 256] if bench.tiny else [None, 256, 512, 1024, 2048, 4096, 8192]:
-        training.model.lm_head.positions = size
+        training.model.lm_head.positions = size  # None: as it finds best by itself
         training.step()
         bench.forget()
         spent = bench.seconds(training.step)
@@ -278,32 +353,43 @@ def optimizers(bench: Bench) -> None:
     training = Training(bench, bench.spec(BILLION))
     training.step()
     bench.table("AdamW", "ms", "peak GiB")
+    del training.optimizer
     for name in ("foreach", "fused"):
-        for group in training.optimizer.param_groups:
-            group["foreach"], group["fused"] = name == "foreach", name == "fused"
+        optimizer = torch.optim.AdamW(training.model.parameters(), **{name: True})  # type: ignore[arg-type]
+        training.model.zero_grad(set_to_none=True)
         training.gradients()
         bench.forget()
-        spent = bench.seconds(training.optimizer.step)
+        spent = bench.seconds(optimizer.step)
+        del optimizer
         bench.row(name, f"{1e3 * spent:.1f}", f"{bench.peak_gib():.2f}")
 
 
-SECTIONS: dict[Callable[[Bench], None], int] = {
-    card: 60,
-    step_1b: 210,
-    losses: 210,
-    optimizers: 120,
-    chunks: 210,
-    step_7b: 390,
-    compiled: 300,
-}
+SECTIONS: list[tuple[Callable[[Bench], None], int]] = [
+    (card, 60),
+    (losses, 210),
+    (step_7b, 240),
+    (layers, 10),
+    *(
+        (partial(layers_as, recompute=how, compiled=on), 90)
+        for how in ("true", "selective", "false")
+        for on in (False, True)
+    ),
+    (step_1b, 210),
+    (optimizers, 60),
+    (chunks, 170),
+]
 """Seconds that each may take: 25 minutes in all."""
+
+
+def _name(section: Callable[[Bench], None]) -> str:
+    return f"{section.func.__name__} {section.keywords}" if isinstance(section, partial) else section.__name__
 
 
 def _child(section: Callable[[Bench], None], bench: Bench) -> None:
     torch.manual_seed(0)
     if bench.device == "cpu":
         torch.set_num_threads(1)
-    if section is not card:
+    if section is not card and not isinstance(section, partial):
         bench.write("", f"## {section.__doc__}", "")
     code = 0
     try:
@@ -311,7 +397,7 @@ def _child(section: Callable[[Bench], None], bench: Bench) -> None:
     except BaseException as error:
         code = 1
         traceback.print_exc()
-        bench.write("", f"{section.__name__}: failed, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        bench.write("", f"{_name(section)}: failed, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     sys.stderr.flush()
     os._exit(code)  # without waiting for what the memory plan forked
 
@@ -327,13 +413,13 @@ def main() -> None:
     bench = Bench(args.device, args.tiny, args.out)
     # Forked, to import torch once; nothing here may touch the GPU before.
     context = multiprocessing.get_context("fork")
-    for section, limit in SECTIONS.items():
+    for section, limit in SECTIONS:
         child = context.Process(target=_child, args=(section, bench))
         child.start()
         child.join(limit)
         if child.is_alive():
             child.kill()
-            bench.write("", f"{section.__name__}: stopped after its {limit} s")
+            bench.write("", f"{_name(section)}: stopped after its {limit} s")
         child.join()
 
 

@@ -27,6 +27,11 @@ def not_finite_in_steps_2_and_5(rank: int) -> None:
     _wrapped("clip_gradients", lambda call, norm: float("inf") if call in (2, 5) else norm)
 
 
+def no_compiler(rank: int) -> None:
+    os.environ["PATH"] = "/nowhere"
+    os.environ.pop("CXX", None)
+
+
 def rank_1_raises_in_step_3(rank: int) -> None:
     def change(call: int, norm: float) -> float:
         if rank == 1 and call == 3:

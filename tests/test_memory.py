@@ -96,13 +96,32 @@ def test_held_out_rows_of_their_own_size_are_counted() -> None:
     assert many.parts[ACTIVATIONS] > 4 * few.parts[ACTIVATIONS]
 
 
-def test_a_gpus_optimizer_takes_all_tensors_at_once() -> None:
-    """Its default there; the loop over tensors of a CPU needs no copy of all moments."""
+def test_the_optimizer_of_a_gpu_copies_nothing() -> None:
+    """torch's default there, which takes all tensors at once, would copy all moments; a CPU's takes one at a time."""
     base = ["train.accumulation_steps=1", "data.train.max_length=64", "data.train.batch_size=1"]
     cpu = ["devices.compute_backend=cpu", "devices.distributed.backend=gloo"]
     deep = ModelSpec("hf", 4, 512, 8, 8, 8, 1376, 1000)
-    gpus, cpus = peak("baseline_mtp", *base, spec=deep).parts, peak("baseline_mtp", *base, *cpu, spec=deep).parts
-    assert gpus[OTHER] > 0.9 * gpus[WEIGHTS] and cpus.get(OTHER, 0) < 0.1 * cpus[WEIGHTS]
+    for sets in (base, [*base, *cpu]):
+        parts = peak("baseline_mtp", *sets, spec=deep).parts
+        assert parts.get(OTHER, 0) < 0.1 * parts[WEIGHTS]
+
+
+def test_selective_recomputation_lies_between_all_and_none() -> None:
+    base = ["train.accumulation_steps=1", "data.train.batch_size=4", "loss.chunk_positions=32"]
+    whole, some, none = (
+        peak("baseline_mtp", *base, f"devices.fsdp.activation_ckpt={how}").parts[ACTIVATIONS]
+        for how in ("false", "selective", "true")
+    )
+    assert none * 1.2 < some < whole / 1.2
+
+
+def test_a_gpu_takes_more_positions_at_once() -> None:
+    """The walk is on a CPU's tensors, but the loss is of the device that will be."""
+    cpu = ["devices.compute_backend=cpu", "devices.distributed.backend=gloo"]
+    base = ["train.accumulation_steps=1", "data.train.batch_size=4", "data.train.max_length=1024"]
+    wide = dataclasses.replace(SPEC, vocab_size=32000)
+    gpu, other = peak("baseline_mtp", *base, spec=wide), peak("baseline_mtp", *base, *cpu, spec=wide)
+    assert gpu.bytes - other.bytes > 2**30
 
 
 @pytest.mark.parametrize("family", [{}, {"family": "gpt2", "tied": True}, {"family": "qwen3", "head_dim": 96}])
@@ -149,6 +168,7 @@ def test_advice_names_what_lowers_the_peak_up_to_the_first_that_fits() -> None:
     now = memory.apart(memory.step_peak, config, recipe, SPEC).result()
     told = memory.apart(memory.advice, config, recipe, SPEC, 1).result()
     assert [what for what, _ in told] == [
+        "devices.fsdp.activation_ckpt=selective",
         "devices.fsdp.activation_ckpt=true",
         "train.accumulation_steps=1",
         "data.train.batch_size=8",

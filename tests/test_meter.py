@@ -20,7 +20,7 @@ def counted(spec: ModelSpec, rows: int, length: int, recompute: bool = False) ->
     x = torch.zeros(rows, length, dtype=torch.int64)
     labels, mask = make_labels(x, spec.heads)
     model = MTPModel(spec)
-    model.checkpoint_layers = recompute
+    model.ready_layers(recompute)
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:

@@ -117,6 +117,28 @@ def test_lambda_zero_is_the_baseline_bit_for_bit_through_a_kill(app: Path) -> No
         assert {r["w_ess"] for r in run.records()} == {1.0}
 
 
+def test_compiled_layers_and_loss_give_the_losses_of_plain_ones(app: Path) -> None:
+    sets = (
+        "train.max_steps=3",
+        "paths.checkpoints.save_interval=3",
+        "paths.checkpoints.save_final=false",
+        "data.eval.sources=[]",
+    )
+    plain = Run(app, "baseline-mtp", "plain", *sets, world=1).whole()
+    kept = "devices.fsdp.activation_ckpt=selective"
+    compiled = Run(app, "baseline-mtp", "compiled", *sets, kept, "devices.compile=true", world=1).whole()
+    losses = [[record["wmtp_loss"] for record in run.records()] for run in (compiled, plain)]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    made_of = json.loads((compiled.folder / "step-3/trainer.json").read_text())["made_of"]
+    assert made_of["devices.compile"] is True
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_read(app: Path) -> None:
+    run = Run(app, "baseline-mtp", "r", "devices.compile=true", world=1, plant=plants.no_compiler)
+    assert run.start().wait() == 2
+    assert "devices.compile: true: no g++, clang++ on this machine" in run.log() and "data" not in run.log()
+
+
 def launcher(run: Run, *torchrun: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "wmtp.launch", *torchrun, "-m", "wmtp.train", *run.argv]
     environment = {**os.environ, "WMTP_APP_ROOT": str(run.app), "OMP_NUM_THREADS": "1", **environment}

@@ -491,6 +491,13 @@ class Flag(Kind):
         raise self.mistyped()
 
 
+class FlagOrSelective(Flag):
+    rule = "true, false or selective"
+
+    def check(self, value: Any) -> Any:
+        return "selective" if value == "selective" else super().check(value)
+
+
 class Text(Kind):
     rule = "text, not empty"
     longest = 4096  # a path on Linux
@@ -691,7 +698,7 @@ class Distributed(Section):
 class Fsdp(Section):
     enabled: Yes = True
     auto_wrap: Yes = True
-    activation_ckpt: Yes = True
+    activation_ckpt: Annotated[bool | Literal["selective"], FlagOrSelective()] = True
     sharding: Annotated[str, Word("full_shard", "shard_grad_op", "no_shard")] = "full_shard"
 
 
@@ -702,6 +709,7 @@ _PRECISION = Word("bf16", "fp32", refused={"fp16": _NO_SCALER, "float16": _NO_SC
 class Devices(Section):
     compute_backend: Annotated[str, Word("cuda", "mps", "cpu", "auto")] = "auto"
     mixed_precision: Annotated[str, _PRECISION] = "bf16"
+    compile: Yes = False
     num_proc: Count = 8
     distributed: Distributed = Field(default_factory=Distributed)
     fsdp: Fsdp = Field(default_factory=Fsdp)

@@ -146,13 +146,19 @@ def _local(tensor: Tensor) -> Tensor:
 _worker: list[ProcessPoolExecutor] = []
 
 
+def _settle() -> None:
+    """Begin a forked process: the parent's pool of threads is made anew before threads of autograd's race to do it."""
+    die_with_parent()
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def apart(function: Callable[..., T], *args: Any) -> Future[T]:
     """``function(*args)`` in a process of its own, which stays for the next ones.
 
     A fake group leaves its ranks in torch's caches, where real ranks that are forked later would find them.
     """
     if not _worker:
-        _worker.append(ProcessPoolExecutor(1, multiprocessing.get_context("fork"), die_with_parent))
+        _worker.append(ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _settle))
     return _worker[0].submit(function, *args)
 
 
@@ -177,6 +183,12 @@ def place_of(config: Config) -> Iterator[Place]:
         return
     with ranks(max(1, config.launcher.resources.gpus)) as place:
         yield dataclasses.replace(place, half=half and not config.devices.fsdp.enabled)
+
+
+def _as_there(model: MTPModel | RewardModel, config: Config) -> None:
+    """What a model would choose by its device, which is not the one of these tensors."""
+    if isinstance(model, MTPModel) and model.lm_head.positions is None:
+        model.lm_head.positions = model.lm_head.auto_positions(model.spec.heads, config.devices.compute_backend)
 
 
 def _share(recipe: Recipe, rows: int, length: int, scored: bool) -> Share:
@@ -215,21 +227,22 @@ def step_peak(config: Config, recipe: Recipe, spec: ModelSpec) -> Peak:
 
 
 def _step_peak(config: Config, recipe: Recipe, spec: ModelSpec, weighting: Weighting) -> Peak:
+    config = _with(config, ["devices", "compile"], False)  # what is compiled keeps as much, or a little less
     weighting.centred = False  # a few numbers a head, but a fake tensor can't be asked for its value
     scored = weighting.needs_reference or weighting.needs_value
     live = LiveBytes()
     with place_of(config) as place:
         mesh = mesh_of(config, place)
         model = planned_model(config, recipe, spec, weighting)
+        _as_there(model, config)
         with FakeTensorMode(allow_non_fake_inputs=True), live:
             live.kind = WEIGHTS
             allocate(model, config, mesh, place)
             model.train()
             optimizer = adamw(model, recipe)
-            if config.devices.compute_backend == "cuda":  # its default there, with temporaries of its own
-                optimizer.defaults["foreach"] = True
+            if config.devices.compute_backend == "cuda":  # as `adamw` has it there
                 for group in optimizer.param_groups:
-                    group["foreach"] = True
+                    group["fused"] = True
             live.kind = OTHER
             share = _share(recipe, recipe.data.train.batch_size, recipe.data.train.max_length, scored)
             live.kind = ADAM
@@ -275,6 +288,7 @@ def reading_peak(config: Config, spec: ModelSpec, rows: int, length: int, reward
         mesh = mesh_of(config, place)
         with torch.device("meta"):
             model = RewardModel(spec) if reward else MTPModel(spec)
+        _as_there(model, config)
         with FakeTensorMode(allow_non_fake_inputs=True), live, torch.no_grad(), place.autocast():
             live.kind = WEIGHTS
             allocate(model, config, mesh, place)
@@ -326,7 +340,9 @@ def advice(config: Config, recipe: Recipe, spec: ModelSpec, room: int) -> list[t
     """Settings that lower the step's peak, gentlest first, each with what it gives, up to the first within ``room``."""
     train, fsdp = recipe.data.train, config.devices.fsdp
     tries: list[tuple[str, Any, Any]] = []
-    if not fsdp.activation_ckpt:
+    if fsdp.activation_ckpt is False:
+        tries.append(("devices.fsdp.activation_ckpt", "selective", config))
+    if fsdp.activation_ckpt is not True:
         tries.append(("devices.fsdp.activation_ckpt", True, config))
     if fsdp.sharding != "full_shard":
         tries.append(("devices.fsdp.sharding", "full_shard", config))

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from wmtp.objective import IGNORED, align_next, baseline_mtp, value_gain, weighted_loss
 
 LOGIT_BUDGET = 1 << 25  # elements of logits alive at once: 128 MiB in float32
+CUDA_LOGIT_BUDGET = 1 << 28  # a GPU has the room, and is slow at small pieces (benchmarks/README.md)
 
 
 class ModelError(ValueError):
@@ -236,8 +242,29 @@ def _rotary(spec: ModelSpec) -> nn.Module | None:
     return _class(spec, "RotaryEmbedding")(family_config(spec)) if FAMILIES[spec.family].rotary else None
 
 
+_aten = torch.ops.aten
+_DEAR = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective recomputation keeps the outputs of: products and attention. The rest is cheap to make again."""
+
 Rotary = tuple[Tensor, Tensor] | None
 """Cosines and sines of each position; None where positions are in the embedding."""
+
+
+def _recomputed(layer: nn.Module, how: bool | str, *args: Any, **kwargs: Any) -> Any:
+    """Within the layer's own call, so that sharding gathers once for it and the compiler sees all of it."""
+    inner = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return inner(*args, **kwargs)
+    if how == "selective":
+        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _DEAR)
+    return checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
 
 def _apply_layer(layer: nn.Module, hidden_bsd: Tensor, mask_b1ss: Tensor, rotary: Rotary) -> Tensor:
@@ -298,6 +325,64 @@ class Output(NamedTuple):
     """`[B, S]` float32, differentiable to the value head only."""
 
 
+class _Eager:
+    """Cross-entropies of logits `[M, V]` in float32, and the logits' gradient from the cross-entropies'."""
+
+    def __init__(self, logits_mv: Tensor, target_m1: Tensor) -> None:
+        logits_mv = logits_mv.float()
+        top_m1 = logits_mv.amax(-1, keepdim=True)
+        of_target_m1 = logits_mv.gather(1, target_m1) - top_m1
+        self.target_m1, self.shares_mv = target_m1, torch.softmax(logits_mv, -1, out=logits_mv)
+        # The largest share is 1 / sum of exp(logit - top), so no target is too unlikely for this.
+        self.ce_m1 = -self.shares_mv.amax(-1, keepdim=True).log() - of_target_m1
+
+    def slope(self, d_ce_m1: Tensor, dtype: torch.dtype) -> Tensor:
+        """`(softmax - one-hot) * d_ce`; once, since it takes the memory of the shares."""
+        return self.shares_mv.mul_(d_ce_m1).scatter_add_(1, self.target_m1, -d_ce_m1).to(dtype)
+
+
+def _read(logits_mv: Tensor, target_m1: Tensor) -> tuple[Tensor, Tensor]:
+    logits_mv = logits_mv.float()
+    top_m1 = logits_mv.amax(-1, keepdim=True)
+    whole_m1 = top_m1 + (logits_mv - top_m1).exp().sum(-1, keepdim=True).log()
+    return whole_m1, whole_m1 - logits_mv.gather(1, target_m1)
+
+
+def _slope(logits_mv: Tensor, whole_m1: Tensor, target_m1: Tensor, d_ce_m1: Tensor, dtype: torch.dtype) -> Tensor:
+    shares_mv = (logits_mv.float() - whole_m1).exp()
+    target_mv = torch.arange(logits_mv.shape[1], device=logits_mv.device) == target_m1
+    return (torch.where(target_mv, shares_mv - 1, shares_mv) * d_ce_m1).to(dtype)
+
+
+class _Compiled(_Eager):
+    """The same in two kernels, which read each logit twice and write it once."""
+
+    read, write = staticmethod(_read), staticmethod(_slope)
+
+    def __init__(self, logits_mv: Tensor, target_m1: Tensor) -> None:
+        self.logits_mv, self.target_m1 = logits_mv, target_m1
+        self.whole_m1, self.ce_m1 = self.read(logits_mv, target_m1)
+
+    def slope(self, d_ce_m1: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.write(self.logits_mv, self.whole_m1, self.target_m1, d_ce_m1, dtype)
+
+    @classmethod
+    def make(cls) -> type[_Compiled]:
+        """With kernels of torch.compile."""
+        read, write = (staticmethod(torch.compile(f, dynamic=False)) for f in (_read, _slope))
+        return type(cls.__name__, (cls,), {"read": read, "write": write})
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total``, which is float32 whatever they are."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class _OnePassLoss(torch.autograd.Function):
     """Loss, weights and gradients of all heads, a chunk of positions at a time: no logits outlive their chunk.
 
@@ -315,6 +400,7 @@ class _OnePassLoss(torch.autograd.Function):
         weighing: Weighing,
         size: int,
         learns: bool,
+        fused: Callable[[Tensor, Tensor], _Eager] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads, dim = hidden_nhd.shape[1:]
         loss = torch.zeros((), dtype=torch.float32, device=hidden_nhd.device)
@@ -328,13 +414,11 @@ class _OnePassLoss(torch.autograd.Function):
             y_nh = labels_nh[part]
             mask_nh = y_nh != IGNORED
             h_md = hidden_nhd[part].reshape(-1, dim)
-            logits_mv = F.linear(h_md, weight_vd).float()
+            logits_mv = F.linear(h_md, weight_vd)
             target_m1 = y_nh.reshape(-1, 1).clamp(min=0)
-            top_m1 = logits_mv.amax(-1, keepdim=True)
-            of_target_m1 = logits_mv.gather(1, target_m1) - top_m1
-            powers_mv = logits_mv.sub_(top_m1).exp_()
-            total_m1 = powers_mv.sum(-1, keepdim=True)
-            ce = (total_m1.log() - of_target_m1).view(y_nh.shape).masked_fill(~mask_nh, 0)
+            part_of = (fused or _Eager)(logits_mv, target_m1)
+            del logits_mv
+            ce = part_of.ce_m1.view(y_nh.shape).masked_fill(~mask_nh, 0)
             w = weighing.rule(ce, mask_nh, **{name: value[part] for name, value in aligned.items()})
             with torch.enable_grad():
                 leaf = ce.requires_grad_(learns)
@@ -344,14 +428,9 @@ class _OnePassLoss(torch.autograd.Function):
             if d_hidden is None or d_weight is None:
                 continue
             (d_ce,) = torch.autograd.grad(part_loss, leaf)
-            # d ce / d logits = softmax - one-hot, in place of the logits.
-            d_ce_m1 = d_ce.reshape(-1, 1)
-            d_logits = powers_mv.mul_(d_ce_m1 / total_m1).scatter_add_(1, target_m1, -d_ce_m1).to(hidden_nhd.dtype)
+            d_logits = part_of.slope(d_ce.reshape(-1, 1), hidden_nhd.dtype)
             d_hidden[part] = (d_logits @ weight_vd.to(d_logits.dtype)).view(-1, heads, dim)
-            if h_md.dtype == torch.float32:
-                d_weight.addmm_(d_logits.t(), h_md)
-            else:
-                d_weight += d_logits.t() @ h_md
+            _add_product(d_weight, d_logits.t(), h_md.to(d_logits.dtype))
         if d_hidden is not None and d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight.to(weight_vd.dtype))
         ctx.mark_non_differentiable(ce_nh, w_nh)
@@ -361,7 +440,7 @@ class _OnePassLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         d_hidden, d_weight = ctx.saved_tensors
         scale = grads[0]
-        return (d_hidden * scale).to(d_hidden.dtype), (d_weight * scale).to(d_weight.dtype), *[None] * 5
+        return (d_hidden * scale).to(d_hidden.dtype), (d_weight * scale).to(d_weight.dtype), *[None] * 6
 
 
 class LMHead(nn.Module):
@@ -370,7 +449,9 @@ class LMHead(nn.Module):
     def __init__(self, hidden: int, vocab_size: int) -> None:
         super().__init__()
         self.positions: int | None = None
-        """Positions of a chunk; None: as many as keep a chunk's logits within `LOGIT_BUDGET`."""
+        """Positions of a chunk; None: as many as keep a chunk's logits within the device's `LOGIT_BUDGET`."""
+        self.fused: type[_Compiled] | None = None
+        """Set: the kernels that `MTPModel.ready_layers` compiled."""
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -379,17 +460,24 @@ class LMHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`(sum of w * ce over mask / count, ce, w)`, the last two `[B, S, H]` float32, detached, 0 outside mask."""
         heads, dim = hidden_bshd.shape[-2:]
-        size = self.positions or max(1, LOGIT_BUDGET // (self.weight.shape[0] * heads))
+        flat = hidden_bshd.reshape(-1, heads, dim)
+        size = self.positions or self.auto_positions(heads, hidden_bshd.device.type)
+        size = -(-len(flat) // -(-len(flat) // size))  # pieces of one size
         loss, ce, w = _OnePassLoss.apply(
-            hidden_bshd.reshape(-1, heads, dim),
+            flat,
             self.weight,
             labels_bsh.masked_fill(~mask_bsh, IGNORED).reshape(-1, heads),
             count,
             weighing,
             size,
             torch.is_grad_enabled() and (hidden_bshd.requires_grad or self.weight.requires_grad),
+            self.fused,
         )
         return loss, ce.view(labels_bsh.shape), w.view(labels_bsh.shape)
+
+    def auto_positions(self, heads: int, device_type: str) -> int:
+        budget = CUDA_LOGIT_BUDGET if device_type == "cuda" else LOGIT_BUDGET
+        return max(1, budget // (self.weight.shape[0] * heads))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[…, D] -> […, V]``, for small inputs and unsharded models."""
@@ -442,7 +530,6 @@ class MTPModel(Trunk):
 
     def __init__(self, spec: ModelSpec, value_head: bool = False) -> None:
         super().__init__(spec, spec.trunk_layers)
-        self.checkpoint_layers = False
         # Each head is the last layer, by its number too: a configuration may say things of a layer by its number.
         self.heads = decoder_layers(spec, [spec.trunk_layers] * spec.heads)
         self.lm_head = LMHead(spec.hidden, spec.vocab_size)
@@ -450,11 +537,24 @@ class MTPModel(Trunk):
         if spec.tied:
             _tie(self)
 
+    def ready_layers(self, recompute: bool | Literal["selective"] = False, compiled: bool = False) -> None:
+        """Before the model is sharded: what its layers keep for the backward, and whether they and the loss compile.
+
+        ``recompute``: True keeps a layer's input alone and makes the rest again; `selective` keeps `_DEAR`'s too.
+        """
+        for layer in [*self.layers, *self.heads]:
+            if recompute:
+                layer.forward = partial(_recomputed, layer, recompute)
+            if compiled:
+                layer.compile()
+        if compiled:
+            self.lm_head.fused = _Compiled.make()
+
     def trunk(self, x_bs: Tensor, document_bs: Tensor) -> tuple[Tensor, Tensor, Rotary]:
         """`[B, S, D]` before the heads, with the attention mask and rotary tables that the heads use too."""
         h, mask, rotary = self.embed(x_bs, document_bs)
         for layer in self.layers:
-            h = self._layer(layer, h, mask, rotary)
+            h = _apply_layer(layer, h, mask, rotary)
         return h, mask, rotary
 
     def hidden(self, x_bs: Tensor, document_bs: Tensor) -> Tensor:
@@ -490,7 +590,7 @@ class MTPModel(Trunk):
         return Output(loss, ce, w, value_bs)
 
     def _heads(self, h: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
-        return self.norm(torch.stack([self._layer(head, h, mask, rotary) for head in self.heads], dim=2))
+        return self.norm(torch.stack([_apply_layer(head, h, mask, rotary) for head in self.heads], dim=2))
 
     def _value(self, h: Tensor) -> Tensor | None:
         if self.value_head is None:
@@ -499,10 +599,14 @@ class MTPModel(Trunk):
             normed = self.norm(h)
         return self.value_head(normed)
 
-    def _layer(self, layer: nn.Module, h: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
-        if self.checkpoint_layers and torch.is_grad_enabled():
-            return checkpoint(_apply_layer, layer, h, mask, rotary, use_reentrant=False)
-        return _apply_layer(layer, h, mask, rotary)
+
+def no_compiler(device_type: str) -> str | None:
+    """What `MTPModel.ready_layers` would lack on this machine to compile; None where nothing."""
+    names = ("g++", "clang++") if device_type == "cpu" else ("gcc", "cc", "clang")
+    if not (os.environ.get("CXX" if device_type == "cpu" else "CC") or any(map(shutil.which, names))):
+        return f"no {', '.join(names)} on this machine"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"no {header} on this machine"
 
 
 def _tie(model: MTPModel) -> None:

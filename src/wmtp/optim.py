@@ -24,6 +24,8 @@ def adamw(model: nn.Module, recipe: settings.Recipe) -> torch.optim.Optimizer:
         [{"peak": recipe.optim.lr, **group} for group in groups if group["params"]],
         lr=recipe.optim.lr,
         betas=(first, second),
+        # The default on a GPU makes copies of all moments; one kernel does not.
+        fused=all(p.device.type == "cuda" for p in rest) or None,
     )
 
 

@@ -29,7 +29,10 @@ def made_of(config: settings.Config, recipe: settings.Recipe, **facts: Any) -> d
     early = recipe.train.early_stopping.enabled or recipe.pretrain.early_stopping.enabled
     free = tuple(key for key in FREE if key != "eval." or not early)  # then a run ends by what is looked at
     kept = {key: value for key, value in flat(both["recipe"]).items() if not key.startswith(free)}
-    return {**kept, "seed": config.seed, "devices.mixed_precision": config.devices.mixed_precision, **facts}
+    kept |= {"seed": config.seed, "devices.mixed_precision": config.devices.mixed_precision}
+    if config.devices.compile:  # compiled kernels round otherwise
+        kept["devices.compile"] = True
+    return kept | facts
 
 
 def parts_of(trainer: Mapping[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:

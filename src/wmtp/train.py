@@ -38,7 +38,7 @@ from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
 from wmtp.evaluation import held_out_ce, mean, show_weights, shown
 from wmtp.export import export_hf
-from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, shard_units
+from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, no_compiler, shard_units
 from wmtp.objective import weight_statistics
 from wmtp.optim import adamw, learning_rate, rows_per_step, total_steps
 from wmtp.outcome import (
@@ -214,7 +214,7 @@ def planned_model(config: settings.Config, recipe: settings.Recipe, spec: ModelS
     """The model that is trained, on ``meta``."""
     with torch.device("meta"):
         model = MTPModel(spec, value_head=weighting.needs_value)
-    model.checkpoint_layers = config.devices.fsdp.activation_ckpt
+    model.ready_layers(config.devices.fsdp.activation_ckpt, config.devices.compile)
     chunk = recipe.loss.chunk_positions
     model.lm_head.positions = None if isinstance(chunk, str) else chunk
     return model
@@ -256,7 +256,13 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stop.watch.patience = max(stop.watch.patience, config.devices.distributed.timeout)
     if args.verbose:
         say(json.dumps(settings.resolved(config, recipe), indent=2))
-    place = Place(torch.device("cpu")) if args.dry_run else start_ranks(config, pick_device(config))
+    device = torch.device("cpu") if args.dry_run else pick_device(config)
+    if config.devices.compile and (lack := no_compiler(device.type)):
+        raise BadInput(
+            f"devices.compile: true: {lack}; rule: torch.compile builds kernels with a compiler and Python's headers; "
+            "next: --set devices.compile=false, or install them (Debian: gcc g++ python3-dev)"
+        )
+    place = Place(device) if args.dry_run else start_ranks(config, device)
     place.wait()  # the first collective builds what all others use
     progress.phases.done("ranks")
     if args.after:

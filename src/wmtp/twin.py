@@ -171,6 +171,7 @@ def arguments(app: Path, config: settings.Config, recipe: settings.Recipe, ranks
         "launcher.target": "local",
         "launcher.resources.gpus": ranks,
         "devices.compute_backend": "cpu",
+        "devices.compile": "false",
         "devices.distributed.enabled": str(ranks > 1).lower(),
         "devices.distributed.backend": "gloo",
         "devices.fsdp.enabled": str(ranks > 1).lower(),
