@@ -14,12 +14,13 @@ FROM ${BASE_IMAGE} AS base
 # The minor version of the base's own Python: Ubuntu 24.04 and CUDA's images on it have 3.12.
 ARG PYTHON=3.12
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# A base that has all of it needs no package index.
+# A base that has all of it needs no package index. torch.compile calls the C compiler, with Python's headers (docs/adr/0006).
 # hadolint ignore=DL3008
-RUN if ! command -v tini "python${PYTHON}" update-ca-certificates >/dev/null; then \
+RUN if ! { command -v tini "python${PYTHON}" update-ca-certificates gcc >/dev/null && [ -e "/usr/include/python${PYTHON}/Python.h" ]; }; then \
       apt-get update && \
-      DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates tini "python${PYTHON}" && \
-      apt-get clean && rm -rf /var/lib/apt/lists/*; \
+      DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ca-certificates tini "python${PYTHON}" gcc libc6-dev "libpython${PYTHON}-dev" && \
+      apt-get clean && rm -rf /var/lib/apt/lists/* /usr/lib/python*/config-*; \
     fi && \
     found="$(command -v "python${PYTHON}")" && \
     ln -sf "$found" /usr/local/bin/python && ln -sf "$found" /usr/local/bin/python3 && \

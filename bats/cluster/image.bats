@@ -39,14 +39,18 @@ in_image() { docker run --rm --network=none "$@"; }
   run -0 in_image "$built" bash -c 'touch /app/x && mkdir /app/test_checkpoints /app/mlruns_test && touch /cache/models/x'
 }
 
-@test "image: the plan's check of paths, torch, the aws client, s5cmd, no compiler" {
+@test "image: the plan's check of paths, torch, the aws client, s5cmd, what torch.compile calls" {
   run -0 in_image "$built" python3 -c "
 from wmtp.paths import PathResolver
 path_type, resolved = PathResolver().resolve('file:///app/models/test')
 assert (path_type, resolved) == ('file', '/app/models/test')
 import torch, transformers, mlflow, awscli; print(torch.__version__)"
   run -0 in_image "$built" bash -c '"$WMTP_S5CMD" version && aws --version && command -v awk flock setpriv df'
-  run -1 in_image "$built" bash -c 'command -v gcc cc make git curl'
+  run -1 in_image "$built" bash -c 'command -v g++ make git curl'
+  # shellcheck disable=SC2016
+  run -0 in_image "$built" bash -c 'cd /tmp && echo "#include <Python.h>" >a.c &&
+    gcc -shared -fPIC -I"$(python -c "import sysconfig; print(sysconfig.get_path(\"include\"))")" a.c -o a.so &&
+    python -c "from wmtp.model import no_compiler; assert no_compiler(\"cuda\") is None"'
 }
 
 @test "image: entry, health check and labels" {

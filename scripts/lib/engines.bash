@@ -63,7 +63,7 @@ make_base() {
     log image "the base image, from packages of $ID $VERSION_CODENAME"
     local components=main
     if [[ $ID == ubuntu ]]; then components=main,universe; fi
-    mmdebstrap -q --variant=minbase --components="$components" --include=python3,ca-certificates,bash,tini \
+    mmdebstrap -q --variant=minbase --components="$components" --include=python3,ca-certificates,bash,tini,gcc,libc6-dev,libpython3-dev \
       --customize-hook='rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin' "$VERSION_CODENAME" - \
       2>"$HERE/base.log" | docker import - "$BASE_IMAGE" >/dev/null ||
       die 3 'the base image could not be made' "packages of $VERSION_CODENAME" "read $HERE/base.log"
