@@ -64,7 +64,8 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   unset ONLY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_PROFILE
   ALGO=critic-wmtp SET=launcher.resources.gpu_memory_gb=40 run -2 --separate-stderr dryrun
   [[ $stderr == *'FAIL         memory critic-wmtp           peak '*' of 40 GiB at step: does not fit'*'scoring'*'loading'*'gradients'*'saving'* ]]
-  [[ $stderr == *'next  train.accumulation_steps=1 gives '*' GiB'* ]]
+  [[ $stderr == *'next  devices.fsdp.activation_ckpt=true gives '*' GiB; train.accumulation_steps=1 gives '*' GiB'* ]]
+  [[ $stderr == *'not checked  compile '*'the twin runs without them'* ]]
   [[ $stderr == *'ok           twin critic_wmtp'*'2 ranks, 3 steps, saved, resumed, third step equal'* ]]
   # What lived in the twin is what was predicted, within 5 %.
   [[ $stderr =~ predicted\ [0-9.]+\ \([+-][0-4]\.[0-9]%\) ]]

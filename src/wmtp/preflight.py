@@ -435,8 +435,6 @@ def check_distributed(pair: Pair) -> Iterator[Finding]:
         yield Finding(4, FAIL, "precision", f"{resources.gpu_type} has no bf16", "devices.mixed_precision: fp32")
     else:
         yield Finding(4, OK, "precision", f"{devices.mixed_precision} on {device}")
-    if devices.compile:
-        yield Finding(4, NOT, "compile", f"kernels are made for {device} in the first step; the twin runs without them")
 
     preset = pair.config.launcher.preset
     if pair.config.launcher.target != "vessl":

@@ -538,6 +538,11 @@ def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only
     if asked:
         yield from guarded("memory", lambda: iter([check_disk(config, recipe, needed)]))
         yield from guarded("memory", lambda: check_memory(config, recipe, needed, asked))
+        if config.devices.compile:
+            kernels = (
+                f"kernels are made for {config.devices.compute_backend} in the first step; the twin runs without them"
+            )
+            yield Finding(4, NOT, "compile", kernels)
 
 
 def _first_texts(config: settings.Config, recipe: settings.Recipe) -> list[str]:
