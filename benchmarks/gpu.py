@@ -65,7 +65,7 @@ class Bench:
 
     @property
     def rounds(self) -> int:
-        return 2 if self.tiny else 5
+        return 1 if self.tiny else 5
 
     def write(self, *lines: str) -> None:
         with self.out.open("a") as file:
@@ -88,15 +88,16 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else peak_mib() / 1024
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Median seconds, after two rounds that aren't counted."""
+        """Median seconds, after rounds that aren't counted."""
+        unseen = 1 if self.tiny else 2
         found = []
-        for _ in range(self.rounds + 2):
+        for _ in range(self.rounds + unseen):
             began = time.perf_counter()
             work()
             if self.device == "cuda":
                 torch.cuda.synchronize()
             found.append(time.perf_counter() - began)
-        return statistics.median(found[2:])
+        return statistics.median(found[unseen:])
 
     def settings(self, *changes: str) -> tuple[Config, Recipe]:
         """Production's, on one rank: a run of one is not sharded, but each of many is."""
@@ -313,8 +314,8 @@ def layers(bench: Bench) -> None:
 
 
 def layers_as(bench: Bench, recompute: str, compiled: bool) -> None:
-    if bench.tiny and compiled:
-        bench.row(recompute, "true", "left out when tiny", "", "", "", "")
+    if bench.tiny and (compiled or recompute != "selective"):
+        bench.row(recompute, str(compiled).lower(), "left out when tiny", "", "", "", "")
         return
     spec = bench.spec(dataclasses.replace(SEVEN, trunk_layers=8))
     changes = [f"devices.fsdp.activation_ckpt={recompute}", f"devices.compile={str(compiled).lower()}"]
@@ -340,7 +341,7 @@ def chunks(bench: Bench) -> None:
     """loss.chunk_positions, on the model of 1 B"""
     training = Training(bench, bench.spec(BILLION))
     bench.table("chunk_positions", "tokens/s", "peak GiB")
-    for size in [None, 256] if bench.tiny else [None, 256, 512, 1024, 2048, 4096, 8192]:
+    for size in [None] if bench.tiny else [None, 256, 512, 1024, 2048, 4096, 8192]:
         training.model.lm_head.positions = size  # None: as it finds best by itself
         training.step()
         bench.forget()
