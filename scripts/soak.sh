@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: [SEED=1] [ALGO=critic-wmtp] [STAGES="training sync train"] [SIGNALS="INT KILL"] scripts/soak.sh
-# `training`: 30 kills of a run of 60 steps of each algorithm, whose losses must not change (tests/soak_train.py). Then it
+# `training`: 30 kills of a run of 60 steps of each algorithm, whose losses must not change (tests/soak_train.py), and a
+# notice to stop in each of its phases, through torchrun. Then it
 # interrupts `make minitest` in each of its stages, by Ctrl-C and by kill -9 of one of its processes, at seeded moments.
 # After each: no process of it is left, nothing half-written stands under a final name, on disk or in the bucket, and the
 # same command again goes on from what was done and ends well. Works in build/soak/, a clone of what is committed here.
@@ -119,6 +120,12 @@ main() {
   for stage in ${STAGES:-training ${ORDER[@]}}; do
     if [[ $stage == training ]]; then
       if OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/soak_train.py --seed "${SEED:-1}"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+      # What `make test` does with forked ranks, as a node starts them: a notice in every phase.
+      if WMTP_TEST_TORCHRUN=1 OMP_NUM_THREADS=1 scripts/bucket.sh run build/soak/bucket -- pytest -q tests/test_train.py -k sigterm; then
+        passed=$((passed + 1))
+      else
+        failed=$((failed + 1))
+      fi
       continue
     fi
     for signal in ${SIGNALS:-INT KILL}; do

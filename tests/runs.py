@@ -5,11 +5,13 @@ The server never builds a model, so that a rank is as fresh as a new process. Re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -68,6 +70,46 @@ def _rank(
     os._exit(code)  # as a rank ends: without waiting for threads of the libraries
 
 
+class Launched:
+    """torchrun with its ranks, in the place of ranks: slower to start, and how a node does it."""
+
+    def __init__(self, run: Run) -> None:
+        environment = {**os.environ, "WMTP_APP_ROOT": str(run.app), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "wmtp.launch",
+            "--standalone",
+            f"--nproc-per-node={run.world}",
+            "-m",
+            "wmtp.train",
+        ]
+        self._command, self._environment, self._run = [*command, *run.argv], environment, run
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with Path(f"{self._run.app}/{self._run.run}-0.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, env=self._environment, stderr=log)
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def join(self, seconds: float | None = None) -> None:
+        assert self._process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    @property
+    def exitcode(self) -> int:
+        """The trainer's own: torchrun makes 1 of every other than 0."""
+        return int(json.loads(Path(f"{self._run.app}/{self._run.run}-exit.json").read_text())["code"])
+
+
 class Run:
     """``wmtp.train`` on ``world`` ranks under one run name; `log` is rank 0's standard error of all its starts."""
 
@@ -100,14 +142,21 @@ class Run:
         self.argv += ["--summary", f"{app}/{run}.json", *(a for s in sets for a in ("--set", s))]
         self.argv += arguments
         self.plant = plant
-        self.ranks: list[BaseProcess] = []
+        self.ranks: list[BaseProcess | Launched] = []
 
     def start(self) -> Run:
+        """Begin; with WMTP_TEST_TORCHRUN=1 (`make soak`) through torchrun, where two ranks have no plant."""
+        if os.environ.get("WMTP_TEST_TORCHRUN") and self.world > 1 and not self.plant:
+            launched = Launched(self)
+            launched.start()
+            self.ranks = [launched]
+            return self
         port = free_port()
         arguments = (self.world, port, str(self.app), self.run, self.argv, self.plant)
-        self.ranks = [server().Process(target=_rank, args=(rank, *arguments)) for rank in range(self.world)]
-        for rank in self.ranks:
+        ranks = [server().Process(target=_rank, args=(rank, *arguments)) for rank in range(self.world)]
+        for rank in ranks:
             rank.start()
+        self.ranks = [*ranks]
         return self
 
     def wait(self, seconds: float = 120) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from wmtp import checkpoint
 from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, TransferError, quoted, s5cmd_binary
 
 
@@ -177,6 +178,25 @@ def test_a_checkpoint_without_its_marker_in_the_bucket_is_not_one(tmp_path: Path
     other = make(tmp_path / "two", prefix)
     other.fetch_newest()
     assert other.steps() == []
+
+
+@pytest.mark.parametrize(("kills", "told"), [(2, None), (9, "ended with -15")])
+def test_a_client_that_a_signal_to_all_ends_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, told: str | None
+) -> None:
+    """torchrun tells whole groups to end; the client may not have left its rank's yet."""
+    client = tmp_path / "client"
+    client.write_text(
+        f'#!/bin/sh\ncd {tmp_path}; echo x >>tries; [ "$(wc -l <tries)" -gt {kills} ] || kill -TERM $$\necho listed\n'
+    )
+    client.chmod(0o755)
+    monkeypatch.setattr(checkpoint, "s5cmd_binary", lambda: str(client))
+    shelf = Checkpoints(tmp_path / "r", "s3://b/r", keep_last=2, retries=3, concurrency=1, part_mb=5)
+    if told is None:
+        assert shelf.s5cmd("ls") == "listed\n"
+    else:
+        with pytest.raises(TransferError, match=told):
+            shelf.s5cmd("ls")
 
 
 def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:

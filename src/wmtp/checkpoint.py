@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -293,16 +294,20 @@ class Checkpoints:
     def s5cmd(self, *arguments: str, lines: list[str] | None = None) -> str:
         """Run the client; standard output back. Credentials and endpoint travel by environment only."""
         tied = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []  # not on macOS
-        done = subprocess.run(
-            [*tied, s5cmd_binary(), "--retry-count", str(self.retries), *arguments],
-            input="\n".join(lines) if lines is not None else None,
-            capture_output=True,
-            text=True,
-            check=False,
-            start_new_session=True,  # Ctrl-C goes to the whole group, and the last checkpoint is still to be uploaded
-        )
+        for _ in range(3):
+            done = subprocess.run(
+                [*tied, s5cmd_binary(), "--retry-count", str(self.retries), *arguments],
+                input="\n".join(lines) if lines is not None else None,
+                capture_output=True,
+                text=True,
+                check=False,
+                start_new_session=True,  # Ctrl-C goes to the whole group; the last checkpoint is still to be uploaded
+            )
+            # torchrun's notice to stop goes to the group too, and may come before the session is the client's own.
+            if done.returncode not in (-signal.SIGTERM, -signal.SIGINT):
+                break
         if done.returncode:
-            raise TransferError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500]}")
+            raise TransferError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500] or f'ended with {done.returncode}'}")
         return done.stdout
 
     def remote_steps(self) -> list[int]:
