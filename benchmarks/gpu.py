@@ -207,7 +207,7 @@ def kernels(bench: Bench, step: Callable[[], None]) -> None:
     parts: Counter[str] = Counter()
     names: Counter[str] = Counter()
     for event in seen.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             lower = event.name.lower()
             part = next((p for p, words in PARTS.items() if any(w in lower for w in words)), "the rest, elementwise")
             parts[part] += event.device_time / 1e6

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: [SEED=1] [ALGO=critic-wmtp] [STAGES="training sync train"] [SIGNALS="INT KILL"] scripts/soak.sh
 # `training`: 30 kills of a run of 60 steps of each algorithm, whose losses must not change (tests/soak_train.py), and a
-# notice to stop in each of its phases, through torchrun. Then it
-# interrupts `make minitest` in each of its stages, by Ctrl-C and by kill -9 of one of its processes, at seeded moments.
+# notice to stop in each of its phases, through torchrun. Then it interrupts `make minitest` in each of its stages, by
+# Ctrl-C and by kill -9 of one of its processes, at seeded moments.
 # After each: no process of it is left, nothing half-written stands under a final name, on disk or in the bucket, and the
 # same command again goes on from what was done and ends well. Works in build/soak/, a clone of what is committed here.
 # Standard output: a line a round, then `N passed, N failed`. Exit codes: 0 all passed, 1 not.
@@ -107,6 +107,8 @@ round() {
   fi
 }
 
+tally() { if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi; }
+
 main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"
   local stage signal passed=0 failed=0
@@ -119,17 +121,13 @@ main() {
   log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
   for stage in ${STAGES:-training ${ORDER[@]}}; do
     if [[ $stage == training ]]; then
-      if OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/soak_train.py --seed "${SEED:-1}"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+      OMP_NUM_THREADS=1 PYTHONPATH=tests tally python tests/soak_train.py --seed "${SEED:-1}"
       # What `make test` does with forked ranks, as a node starts them: a notice in every phase.
-      if WMTP_TEST_TORCHRUN=1 OMP_NUM_THREADS=1 scripts/bucket.sh run build/soak/bucket -- pytest -q tests/test_train.py -k sigterm; then
-        passed=$((passed + 1))
-      else
-        failed=$((failed + 1))
-      fi
+      WMTP_TEST_TORCHRUN=1 OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- pytest -q tests/test_train.py -k sigterm
       continue
     fi
     for signal in ${SIGNALS:-INT KILL}; do
-      if round "$stage" "$signal"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+      tally round "$stage" "$signal"
     done
   done
   echo "$passed passed, $failed failed"

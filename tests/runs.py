@@ -18,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/config.local_minitest.yaml"
@@ -74,33 +75,18 @@ class Launched:
     """torchrun with its ranks, in the place of ranks: slower to start, and how a node does it."""
 
     def __init__(self, run: Run) -> None:
-        environment = {**os.environ, "WMTP_APP_ROOT": str(run.app), "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "wmtp.launch",
-            "--standalone",
-            f"--nproc-per-node={run.world}",
-            "-m",
-            "wmtp.train",
-        ]
-        self._command, self._environment, self._run = [*command, *run.argv], environment, run
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with Path(f"{self._run.app}/{self._run.run}-0.log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, env=self._environment, stderr=log)
+        self._run = run
+        with Path(f"{run.app}/{run.run}-0.log").open("ab") as log:
+            self._process = run.torchrun("--standalone", f"--nproc-per-node={run.world}", stderr=log)
 
     @property
     def pid(self) -> int:
-        assert self._process
         return self._process.pid
 
     def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process.poll() is None
 
     def join(self, seconds: float | None = None) -> None:
-        assert self._process
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
@@ -147,9 +133,7 @@ class Run:
     def start(self) -> Run:
         """Begin; with WMTP_TEST_TORCHRUN=1 (`make soak`) through torchrun, where two ranks have no plant."""
         if os.environ.get("WMTP_TEST_TORCHRUN") and self.world > 1 and not self.plant:
-            launched = Launched(self)
-            launched.start()
-            self.ranks = [launched]
+            self.ranks = [Launched(self)]
             return self
         port = free_port()
         arguments = (self.world, port, str(self.app), self.run, self.argv, self.plant)
@@ -158,6 +142,12 @@ class Run:
             rank.start()
         self.ranks = [*ranks]
         return self
+
+    def torchrun(self, *arguments: str, **popen: Any) -> subprocess.Popen[Any]:
+        """The run's command under torchrun, whose own arguments these are."""
+        command = [sys.executable, "-m", "wmtp.launch", *arguments, "-m", "wmtp.train", *self.argv]
+        environment = {**os.environ, "WMTP_APP_ROOT": str(self.app), "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
+        return subprocess.Popen(command, env=environment, **popen)
 
     def wait(self, seconds: float = 120) -> int:
         """Rank 0's exit code, once all have ended."""

@@ -134,15 +134,15 @@ def test_compiled_layers_and_loss_give_the_losses_of_plain_ones(app: Path) -> No
 
 
 def test_compile_without_a_compiler_is_refused_before_anything_is_read(app: Path) -> None:
-    run = Run(app, "baseline-mtp", "r", "devices.compile=true", world=1, plant=plants.no_compiler)
+    compiles = {"world": 1, "plant": plants.no_compiler}
+    Run(app, "baseline-mtp", "dry", "devices.compile=true", arguments=("--dry-run",), **compiles).whole()
+    run = Run(app, "baseline-mtp", "r", "devices.compile=true", **compiles)
     assert run.start().wait() == 2
     assert "devices.compile: true: no g++, clang++ on this machine" in run.log() and "data" not in run.log()
 
 
 def launcher(run: Run, *torchrun: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "wmtp.launch", *torchrun, "-m", "wmtp.train", *run.argv]
-    environment = {**os.environ, "WMTP_APP_ROOT": str(run.app), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return run.torchrun(*torchrun, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_through_torchrun_ranks_save_when_it_is_told_to_end_follow_it_when_it_is_killed_and_go_on_on_two_nodes(

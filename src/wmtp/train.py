@@ -118,7 +118,12 @@ def pick_device(config: settings.Config) -> torch.device:
 
 
 def start_ranks(config: settings.Config, device: torch.device) -> Place:
-    """Join the process group if the configuration has one."""
+    """Join the process group if the configuration has one, where its layers can be compiled as it says."""
+    if config.devices.compile and (lack := no_compiler(device.type)):
+        raise BadInput(
+            f"devices.compile: true: {lack}; rule: torch.compile builds kernels with a compiler and Python's headers; "
+            "next: --set devices.compile=false, or install them (Debian: gcc g++ python3-dev)"
+        )
     distributed = config.devices.distributed
     if not distributed.enabled:
         return Place(device, half=config.devices.mixed_precision == "bf16")
@@ -256,13 +261,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stop.watch.patience = max(stop.watch.patience, config.devices.distributed.timeout)
     if args.verbose:
         say(json.dumps(settings.resolved(config, recipe), indent=2))
-    device = torch.device("cpu") if args.dry_run else pick_device(config)
-    if config.devices.compile and (lack := no_compiler(device.type)):
-        raise BadInput(
-            f"devices.compile: true: {lack}; rule: torch.compile builds kernels with a compiler and Python's headers; "
-            "next: --set devices.compile=false, or install them (Debian: gcc g++ python3-dev)"
-        )
-    place = Place(device) if args.dry_run else start_ranks(config, device)
+    place = Place(torch.device("cpu")) if args.dry_run else start_ranks(config, pick_device(config))
     place.wait()  # the first collective builds what all others use
     progress.phases.done("ranks")
     if args.after:
