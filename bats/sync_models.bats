@@ -146,11 +146,13 @@ put_manifest() {
   S3_ENDPOINT_URL=http://127.0.0.1:9 run -11 --separate-stderr sync
 }
 
-@test "sync: writes nothing when it is a dry run" {
+@test "sync: a dry run tells what, how much, from where and why, and writes nothing" {
   make_model
   publish
   run -0 --separate-stderr sync --dry-run
-  [[ -z $output && ! -e $WMTP_APP_ROOT ]]
+  [[ ! -e $WMTP_APP_ROOT && ${#lines[@]} == 1 ]]
+  [[ $output == '{"item": "'$name'", "why": "was named", "digest": "'* ]]
+  [[ $output == *'"bytes": 300003, "here_bytes": 0, "state": "new", "from": "s3://'$S3_BUCKET_NAME/models/$name'"'* ]]
 }
 
 @test "sync: one downloads when two want the same model" {

@@ -839,7 +839,7 @@ DEFAULTS: dict[str, Any] = {
     "paths.checkpoints.save_final": True,
     "storage.bucket": "wmtp", "storage.region": "eu-north-1", "storage.endpoint": None, "storage.workers": 16,
     "storage.part_size_mb": 100, "storage.accelerate": False, "storage.retries": 3, "storage.retry_wait_s": 10,
-    "storage.stall_s": 30, "storage.cache_dir": "/cache/models",
+    "storage.stall_s": 30, "storage.cache_dir": "/cache/models", "storage.cache_max_gb": None,
     "mlflow.experiment": REQUIRED, "mlflow.tracking_uri": REQUIRED, "mlflow.registry_uri": REQUIRED,
     "launcher.target": REQUIRED, "launcher.resources.gpus": 4, "launcher.resources.gpu_type": "A100",
     "launcher.resources.gpu_memory_gb": None, "launcher.cluster": None, "launcher.preset": None, "launcher.image": None,

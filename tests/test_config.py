@@ -154,6 +154,7 @@ def test_defaults_fill_what_a_small_file_leaves_out(tmp_path: Path) -> None:
         "retry_wait_s": 10,
         "stall_s": 30,
         "cache_dir": "/cache/models",
+        "cache_max_gb": None,
     }
     assert config.mlflow.registry_uri == "sqlite:///x.db"
     assert config.launcher.resources.gpu_memory_gb == 80

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_model import written  # type: ignore[import-not-found]  # beside this file
 
 from wmtp import headers, twin
+from wmtp.bucket import BucketError, client_of
 from wmtp.export import export_hf
-from wmtp.headers import Bucket, BucketError, Folder
+from wmtp.headers import Bucket, Folder
 from wmtp.manifest import MANIFEST, create
 from wmtp.model import ModelError, ModelSpec, MTPModel
 from wmtp.weights import model_state, read_spec
@@ -225,7 +226,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def client(prefix: str) -> object:
-    return headers.client_of(os.environ["S3_ENDPOINT_URL"], "eu-north-1")
+    return client_of(os.environ["S3_ENDPOINT_URL"], "eu-north-1")
 
 
 def published(client: object, folder: Path, name: str, manifest: bool = True) -> None:
@@ -268,7 +269,7 @@ def test_a_fault_in_the_bucket_is_found(client: object, model: Path, tmp_path: P
 def test_what_is_not_published_or_does_not_answer(client: object, tmp_path: Path, model: Path) -> None:
     with pytest.raises(ModelError, match=r"no manifest\.json"):
         next(headers.check(in_bucket(client, f"never-{uuid.uuid4().hex}", tmp_path), "base"))
-    dead = headers.client_of("http://127.0.0.1:9", "eu-north-1")
+    dead = client_of("http://127.0.0.1:9", "eu-north-1")
     with pytest.raises(BucketError, match="does not answer"):
         in_bucket(dead, "x", tmp_path)
     with pytest.raises(BucketError, match="NoSuchBucket"):
@@ -292,7 +293,7 @@ def test_no_credentials_is_a_word_not_a_wait(monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(BucketError, match="AWS_ACCESS_KEY_ID"):
-        headers.client_of(None, "eu-north-1")
+        client_of(None, "eu-north-1")
 
 
 def test_the_loader_and_the_headers_ask_the_same(model: Path) -> None:

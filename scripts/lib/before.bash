@@ -7,85 +7,90 @@ free_bytes() {
   df --output=avail -B1 "$at" | tail -n 1 | tr -d ' '
 }
 
-staged_bytes() {
-  if [[ -d $1/files ]]; then find "$1/files" -type f -printf '%s\n'; fi | awk '{s += $1} END {printf "%.0f\n", s}'
+# Every manifest is asked for at once; one that does not come is asked for again by the client that can say why.
+read_manifests() {
+  local label
+  local -A fetching=()
+  for label in "${ITEMS[@]}"; do
+    MANIFEST["$label"]=$TEMP/$label.json
+    { timeout -k 1 20 "$S5CMD" --log error --retry-count 1 cat "${PREFIX[$label]}/manifest.json" 2>/dev/null | head -c 67108865 >"$TEMP/$label.json"; } &
+    fetching[$label]=$!
+  done
+  for label in "${ITEMS[@]}"; do
+    wait "${fetching[$label]}" || fetch_manifest "${NAME[$label]}" "$TEMP/$label.json" "${PREFIX[$label]}" || unpublished "$label"
+  done
+  survey
 }
 
-# Every manifest is asked for and judged before the first byte.
-read_manifests() {
-  local name
-  for name in "${NAMES[@]}"; do
-    fetch_manifest "$name" "$TEMP/$name.json" ||
-      die 13 "$name is not published: no $(prefix_of "$name")/manifest.json" 'a model without a manifest is not published' \
-        "scripts/publish_models.sh --from DIR $name"
-    manifest check "$TEMP/$name.json" >"$TEMP/$name.check" ||
-      die 13 "$name: its manifest is refused (line above); nothing was written" 'a manifest names files inside its model only' \
-        "scripts/publish_models.sh --from DIR $name"
-    [[ $(cut -f1 "$TEMP/$name.check") == "$name" ]] ||
-      die 13 "$name: its manifest is that of $(cut -f1 "$TEMP/$name.check")" 'name and folder agree' "publish $name again"
+# unpublished LABEL: what someone else uploaded is taken by what the bucket says of it, on one's word.
+unpublished() {
+  local label=$1 name=${NAME[$1]} rc=0
+  [[ ${WMTP_NO_MANIFEST:-} == 1 ]] ||
+    die 13 "$label is not published: no ${PREFIX[$label]}/manifest.json" 'a model without a manifest is not published' \
+      "scripts/publish_models.sh --from DIR $name (or, for what someone else uploaded: WMTP_NO_MANIFEST=1)"
+  MANIFEST["$label"]=$TEMP/listing/$label.json
+  mkdir -p "$TEMP/listing"
+  python -m wmtp.bucket "$name" "${PREFIX[$label]}" >"${MANIFEST[$label]}" || rc=$?
+  ((rc == 0)) || die "$rc" "$label: nothing could be listed in ${PREFIX[$label]}" 'without a manifest the listing says what a model is' 'see that name and bucket are right'
+  log sync "warn  $label has no manifest: proved are the sizes, and the content of $(grep -c '"crc64nvme": "[^"]' "${MANIFEST[$label]}" || true) of $(grep -c '"path"' "${MANIFEST[$label]}" || true) files whose checksum the bucket keeps;"
+  log sync '      not that no file is missing, nor who wrote them. Publish what you trust:'
+  log sync "      scripts/publish_models.sh --from '$MODELS' $name"
+}
+
+# survey: what of each item is here, into DIGEST FILES BYTES STATE HERE.
+survey() {
+  local label digest files bytes state here
+  local -a pairs=()
+  for label in "${ITEMS[@]}"; do pairs+=("$label=${MANIFEST[$label]}"); done
+  python -m wmtp.cache survey "$STORE" "${pairs[@]}" >"$TEMP/survey" ||
+    die 13 'a manifest is refused (line above); nothing was written' 'a manifest names files inside its model only' "scripts/publish_models.sh --from DIR NAME"
+  while IFS=$'\t' read -r label digest files bytes state here; do
+    DIGEST["$label"]=$digest FILES["$label"]=$files BYTES["$label"]=$bytes STATE["$label"]=$state HERE["$label"]=$here
+  done <"$TEMP/survey"
+}
+
+# The plan: what, how much, from where, why. On standard output for machines when nothing is to be done.
+tell_plan() {
+  local label how
+  for label in "${ITEMS[@]}"; do
+    how="$(mb "${BYTES[$label]}") MB in ${FILES[$label]} files, $(mb "${HERE[$label]}") MB of it here"
+    case ${STATE[$label]} in hit) how='in the store' ;; touched) how='in the store, touched since: to be hashed' ;; esac
+    log sync "$label (${WHY[$label]}): ${DIGEST[$label]:0:12}, $how"
+    ((! dry)) || python -c 'import json, sys; k = ("item", "why", "digest", "files", "bytes", "here_bytes", "state", "from", "to"); v = sys.argv[1:]
+print(json.dumps({a: int(b) if a in ("files", "bytes", "here_bytes") else b for a, b in zip(k, v)}))' \
+      "$label" "${WHY[$label]}" "${DIGEST[$label]}" "${FILES[$label]}" "${BYTES[$label]}" "${HERE[$label]}" "${STATE[$label]}" "${PREFIX[$label]}" "${LINK[$label]}"
   done
 }
 
-# The sum of what is missing against the disk.
+# The sum of what is missing against the disk; what nobody uses makes room.
 need_room() {
-  local name bytes digest needed=0 free have
-  for name in "${NAMES[@]}"; do
-    bytes=$(cut -f3 "$TEMP/$name.check") digest=$(manifest digest "$TEMP/$name.json")
-    if [[ -d $STORE/$digest ]]; then log sync "$name: ${digest:0:12} is in the store"; else
-      have=$(staged_bytes "$STORE/.staging/$name-$digest")
-      # Sums beyond 63 bits would wrap: no disk holds them.
-      if ((${#bytes} > 17)); then needed=$bytes && break; fi
-      needed=$((needed + (bytes > have ? bytes - have : 0)))
-      log sync "$name: ${digest:0:12}, $(mb "$bytes") MB, $(mb "$have") MB of it arrived before"
-    fi
+  local label needed=0 here free
+  for label in "${ITEMS[@]}"; do
+    [[ ${STATE[$label]} == new ]] || continue
+    # Sums beyond 63 bits would wrap: no disk holds them.
+    if ((${#BYTES[$label]} > 17)); then needed=${BYTES[$label]} && break; fi
+    here=$((${BYTES[$label]} - ${HERE[$label]}))
+    needed=$((needed + (here > 0 ? here : 0)))
   done
   free=$(free_bytes "$STORE")
-  log sync "$(mb "$needed") MB to fetch from $(prefix_of '') to $STORE, $(mb "$free") MB free"
+  log sync "$(mb "$needed") MB to fetch from s3://$S3_BUCKET_NAME to $STORE, $(mb "$free") MB free"
+  if ((! dry && ${#needed} <= 18 && needed > free)); then
+    evict "$((needed - free))" "${DIGEST[@]}"
+    free=$(free_bytes "$STORE")
+  fi
   ((${#needed} <= 18 && needed <= free)) ||
     die 10 "$(mb "$needed") MB needed, $(mb "$free") MB free in $STORE" 'all models of a run fit before the first byte moves' \
-      'make room, or set WMTP_CACHE_DIR to a larger volume'
+      'make room (make cache shows what uses it), or set WMTP_CACHE_DIR to a larger volume'
 }
 
-# Scorers whose verdicts are kept are not needed: a second critic run fetches half.
-
-# scores_kept NAME: whether scores of this name are on this disk or in the bucket, whole.
-scores_kept() {
-  local disk where=$CHECKPOINTS
-  [[ $where == file://* ]] || where=file:///app/checkpoints
-  disk=$(python -c 'import sys; from wmtp.paths import PathResolver; print(PathResolver().resolve(sys.argv[1])[1])' "$where")
-  [[ ! -e $disk/.scores/$1/.complete ]] || return 0
-  [[ $CHECKPOINTS == s3://* ]] || return 1
-  local rest=${CHECKPOINTS#s3://}
-  local -a endpoint=()
-  local prefix=${rest#"${rest%%/*}"}
-  if [[ -n ${S3_ENDPOINT_URL:-} ]]; then endpoint=(--endpoint-url "$S3_ENDPOINT_URL"); fi
-  prefix=${prefix#/}
-  timeout -k 1 40 aws "${endpoint[@]}" --cli-connect-timeout 5 --cli-read-timeout 10 s3api head-object \
-    --bucket "${rest%%/*}" --key "${prefix:+${prefix%/}/}.scores/$1/.complete" >/dev/null 2>&1
-}
-
-# drop_scored: takes the models out of NAMES whose scores are kept; needs every manifest in TEMP.
-drop_scored() {
-  local name kept
-  local -a wanted=()
-  : >"$TEMP/not-needed"
-  ((${#SETTINGS[@]} && ${#only[@]} == 0)) || return 0
-  while IFS=$'\t' read -r _ name kept; do
-    if [[ $kept != - ]] && scores_kept "$kept"; then
-      log sync "$name is not needed: its scores are kept ($kept)"
-      printf '%s\n' "$name" >>"$TEMP/not-needed"
-    else
-      wanted+=("$name")
-    fi
-  done < <(python -m wmtp.scorekey --env "${ENV:-${ENV_MODE:-}}" "${SETTINGS[@]}" --manifests "$TEMP")
-  # What could not be asked is needed.
-  if ((${#wanted[@]})); then NAMES=("${wanted[@]}"); fi
-}
-
-# keep_manifests NAME…: the trainer names the scores after them, also where the model itself is not here.
-keep_manifests() {
-  local name
-  mkdir -p "$MODELS/.manifests"
-  for name in "$@"; do copy_whole "$TEMP/$name.json" "$MODELS/.manifests/$name.json"; done
-  copy_whole "$TEMP/not-needed" "$MODELS/.manifests/not-needed"
+# accelerate: AWS's transfer acceleration, where it is wanted and the bucket has it.
+accelerate() {
+  [[ -n $ACCELERATE ]] || return 0
+  if [[ -n ${S3_ENDPOINT_URL:-} ]]; then
+    log sync "warn  storage.accelerate is AWS's own: not used with $S3_ENDPOINT_URL"
+  elif [[ $(timeout -k 1 40 aws s3api get-bucket-accelerate-configuration --bucket "$S3_BUCKET_NAME" --query Status --output text 2>/dev/null) == Enabled ]]; then
+    VIA=(env S3_ENDPOINT_URL=https://s3-accelerate.amazonaws.com)
+  else
+    log sync "warn  storage.accelerate: $S3_BUCKET_NAME has no acceleration, or this key may not ask: not used"
+  fi
 }

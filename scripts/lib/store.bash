@@ -21,30 +21,31 @@ check_name() {
     die 2 "model name '$1'" 'letters, digits, ".", "_" and "-"; the name of one folder' 'see paths.models in the configuration'
 }
 
-# fetch_manifest NAME FILE: 0 there, 1 not published; anything else ends the stage. At most two tries of 5 and 10 s.
+# fetch_manifest NAME FILE [PREFIX]: 0 there, 1 not published; anything else ends the stage. At most two tries of 5 and 10 s.
 fetch_manifest() {
-  local said rc=0
+  local said rc=0 prefix=${3:-$(prefix_of "$1")} bucket
+  prefix=${prefix#s3://} bucket=${prefix%%/*}
   local -a endpoint=()
   if [[ -n ${S3_ENDPOINT_URL:-} ]]; then endpoint=(--endpoint-url "$S3_ENDPOINT_URL"); fi
   # One byte more than a manifest may have: its size is judged, not trusted.
   said=$(timeout -k 1 40 aws "${endpoint[@]}" --cli-connect-timeout 5 --cli-read-timeout 10 s3api get-object \
-    --bucket "$S3_BUCKET_NAME" --key "models/$1/manifest.json" --range bytes=0-67108864 "$2" 2>&1 >/dev/null) || rc=$?
+    --bucket "$bucket" --key "${prefix#*/}/manifest.json" --range bytes=0-67108864 "$2" 2>&1 >/dev/null) || rc=$?
   ((rc)) || return 0
   said=$(tr -s '\n' ' ' <<<"$said")
   case $said in
     *'(NoSuchKey)'* | *'(404)'*) return 1 ;;
     *'(InvalidRange)'* | *'(416)'*) die 13 "$1: manifest.json in the bucket is empty" 'a manifest lists the files' "scripts/publish_models.sh --from DIR $1" ;;
     *'(NoSuchBucket)'*)
-      die 3 "bucket $S3_BUCKET_NAME does not exist" 'S3_BUCKET_NAME names the bucket of the models' 'export S3_BUCKET_NAME=…'
+      die 3 "bucket $bucket does not exist" 'S3_BUCKET_NAME names the bucket of the models' 'export S3_BUCKET_NAME=…'
       ;;
     *'(403)'* | *AccessDenied* | *SignatureDoesNotMatch* | *InvalidAccessKeyId* | *ExpiredToken* | *InvalidToken* | *'Unable to locate credentials'* | *'Partial credentials'* | *'config profile'*)
-      die 3 "bucket $S3_BUCKET_NAME refuses the credentials:${said:0:200}" \
+      die 3 "bucket $bucket refuses the credentials:${said:0:200}" \
         'key and secret may read models/' 'mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY'
       ;;
     *'Invalid endpoint'* | *'Invalid bucket name'* | *'Parameter validation failed'*)
       die 2 "the bucket's address can't be used:${said:0:200}" 'S3_ENDPOINT_URL is http(s)://HOST[:PORT]' 'mend S3_ENDPOINT_URL or S3_BUCKET_NAME'
       ;;
   esac
-  die 11 "bucket $S3_BUCKET_NAME does not answer${S3_ENDPOINT_URL:+ at $S3_ENDPOINT_URL}:${said:0:200}" \
+  die 11 "bucket $bucket does not answer${S3_ENDPOINT_URL:+ at $S3_ENDPOINT_URL}:${said:0:200}" \
     'one small request was tried twice' 'see that the network and S3_ENDPOINT_URL are right, then again'
 }

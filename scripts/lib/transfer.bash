@@ -1,121 +1,126 @@
-# One model from the bucket into the store and under its name. Sourced by sync_models.sh only.
+# Files of a manifest from the bucket into a staging folder: tries, watchdog, what is still lacking. To be sourced after
+# common.bash and store.bash. Uses TEMP S5CMD; its settings are WORKERS PART_MB RETRIES WAIT STALL.
 # shellcheck shell=bash
 
-# One try at what is missing: 0 all there, 10 disk full, 12 not all arrived, 13 arrived with other content.
-transfer() {
-  local name=$1 staging=$2 rc=0 sent=0
-  manifest plan "$TEMP/$name.json" "$staging" --prefix "$(prefix_of "$name")" --commands "$TEMP/commands" \
-    --options "--concurrency $WORKERS --part-size $PART_MB" >"$TEMP/missing" || return
-  [[ -s $TEMP/fetched ]] || awk '{s += $1} END {printf "%.0f\n", s}' "$TEMP/missing" >"$TEMP/fetched"
-  [[ -s $TEMP/missing ]] || return 0
-  # The client itself, not its wrapper; both ends die with this shell.
-  exec 5< <(exec setpriv --pdeathsig KILL "$S5CMD" --json --retry-count 3 --numworkers "$WORKERS" run "$TEMP/commands" 2>"$TEMP/client.log" 9>&-)
-  CLIENT=$!
-  setpriv --pdeathsig KILL python -m wmtp.manifest accept "$TEMP/$name.json" "$staging" --stall "$STALL" <&5 5<&- 9>&- &
-  READER=$!
-  exec 5<&-
-  wait "$READER" || rc=$?
-  READER=''
-  if ((rc == 12)); then kill -KILL "$CLIENT" 2>/dev/null || true; fi
-  wait "$CLIENT" 2>/dev/null || sent=$?
-  CLIENT=''
-  if ((rc && sent)); then
-    sed -nE 's/.*"error":"(.*)"\}?$/sync      client: \1/p' "$TEMP/client.log" | cut -c1-300 | head -n 3 >&2 || true
-    if grep -qi 'no space left' "$TEMP/client.log"; then rc=10; fi
-  fi
+WORKERS=16 PART_MB=100 RETRIES=3 WAIT=10 STALL=30
+CLIENT='' READER='' HASHER='' WATCHER='' PLAN=() VIA=()
+
+# transfer_settings: the environment wins over what the configuration said.
+transfer_settings() {
+  RETRIES=${WMTP_STORAGE_RETRIES:-$RETRIES} WAIT=${WMTP_STORAGE_RETRY_WAIT_S:-$WAIT} STALL=${WMTP_STORAGE_STALL_S:-$STALL}
+  [[ $RETRIES =~ ^[1-9][0-9]?$ && $WAIT =~ ^[0-9]{1,4}$ && $STALL =~ ^[1-9][0-9]{0,4}$ ]] ||
+    die 2 "retries '$RETRIES', wait '$WAIT', stall '$STALL'" 'tries are 1 to 99, wait and stall are seconds' \
+      'mend WMTP_STORAGE_RETRIES, WMTP_STORAGE_RETRY_WAIT_S or WMTP_STORAGE_STALL_S'
+}
+
+# In the background: a trap waits for a foreground child, and hashing 27 GB takes its time.
+manifest() {
+  setpriv --pdeathsig KILL python -m wmtp.manifest "$@" 9>&- &
+  HASHER=$!
+  local rc=0
+  wait "$HASHER" || rc=$?
+  HASHER=''
   return "$rc"
 }
 
-# Tries until everything is proved; a full disk is not tried again.
-transfer_all() {
-  local name=$1 staging=$2 try rc=0
+end_transfer() {
+  local pid
+  for pid in $CLIENT $READER $HASHER $WATCHER; do kill -KILL "$pid" 2>/dev/null || true; done
+}
+
+mb() { awk -v b="$1" 'BEGIN {printf "%.1f", b / 1e6}'; }
+
+# amount "FILES BYTES": for people.
+amount() { awk '{printf "%d file%s, %.1f MB", $1, $1 == 1 ? "" : "s", $2 / 1e6}' <<<"$1"; }
+
+# watch_bytes PID: kills a client that moved nothing for $STALL s, for it has no time-out of its own. /proc/PID/io counts
+# what goes through its sockets, too. It waits without a child of its own, which could stay behind.
+watch_bytes() {
+  local moved=0 read=0 written=0 still=0
+  exec 7<> <(:)
+  while kill -0 "$1" 2>/dev/null; do
+    { read -r _ read && read -r _ written; } <"/proc/$1/io" || return 0
+    still=$((still + 1))
+    # Less than this is no data: timers of the client's own.
+    if ((read + written - moved >= 512)); then moved=$((read + written)) still=0; fi
+    if ((still > STALL)); then
+      : >"$TEMP/stalled"
+      kill -KILL "$1" 2>/dev/null || true
+      return 0
+    fi
+    read -rt 1 -u 7 || true
+  done 2>/dev/null
+}
+
+# One try at what is lacking: 0 all there, 3 refused, 10 disk, 12 not all arrived, 13 arrived with other content.
+transfer() {
+  local name=$1 manifest=$2 prefix=$3 staging=$4 rc=0 sent=0
+  manifest plan "$manifest" "$staging" --prefix "$prefix" --commands "$TEMP/commands" \
+    --options "--concurrency $WORKERS --part-size $PART_MB" "${PLAN[@]}" >"$TEMP/lacking" || return
+  [[ -s $TEMP/fetched ]] || cut -d ' ' -f 2 "$TEMP/lacking" >"$TEMP/fetched"
+  [[ $(<"$TEMP/lacking") != '0 0' ]] || return 0
+  rm -f "$TEMP/stalled"
+  # The client itself, not its wrapper; both ends die with this shell.
+  exec 5< <(exec "${VIA[@]}" setpriv --pdeathsig KILL "$S5CMD" --json --retry-count 10 --numworkers "$WORKERS" run "$TEMP/commands" 2>"$TEMP/client.log" 9>&-)
+  CLIENT=$!
+  setpriv --pdeathsig KILL python -m wmtp.manifest accept "$manifest" "$staging" "${@:5}" <&5 5<&- 9>&- >"$TEMP/lacking.now" &
+  READER=$!
+  exec 5<&-
+  watch_bytes "$CLIENT" 9>&- 3>&- &
+  WATCHER=$!
+  wait "$READER" || rc=$?
+  READER=''
+  kill -KILL "$WATCHER" 2>/dev/null || true
+  wait "$WATCHER" 2>/dev/null || true
+  WATCHER=''
+  wait "$CLIENT" 2>/dev/null || sent=$?
+  CLIENT=''
+  if [[ -s $TEMP/lacking.now ]]; then mv -f "$TEMP/lacking.now" "$TEMP/lacking"; fi
+  if [[ -e $TEMP/stalled ]]; then log "$STAGE" "warn  $name: no byte moved for $STALL s; the client was stopped"; fi
+  if ((rc && sent)); then
+    sed -nE 's/.*"error":"(.*)"\}?$/\1/p' "$TEMP/client.log" | cut -c1-300 | sort -u | head -n 3 |
+      while IFS= read -r line; do log "$STAGE" "     client: $line"; done
+    if grep -qiE 'no space left|quota exceeded|read-only file system' "$TEMP/client.log"; then rc=10; fi
+    if grep -qE 'AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|NoSuchBucket' "$TEMP/client.log"; then rc=3; fi
+  fi
+  [[ $rc =~ ^(0|3|10|13)$ ]] || rc=12
+  return "$rc"
+}
+
+# tries NAME MANIFEST PREFIX STAGING [--discard]: until everything is proved; a full disk or a refusal is not tried again.
+# 4: the script's own `republished NAME` says that another version was published meanwhile.
+tries() {
+  local name=$1 try rc=0
   for ((try = 1; try <= RETRIES; try++)); do
     rc=0
-    transfer "$name" "$staging" || rc=$?
+    transfer "$@" || rc=$?
     ((rc)) || return 0
-    ((rc != 10)) || break
-    log sync "$name: try $try of $RETRIES ended with $rc"
+    log "$STAGE" "$name: try $try of $RETRIES ended with $rc; it lacks $(amount "$(<"$TEMP/lacking")")$( ((try < RETRIES && rc > 10)) && printf '; again in %s s' "$WAIT")"
+    ((rc > 10)) || return "$rc"
+    if declare -F republished >/dev/null && republished "$name"; then return 4; fi
     if ((try < RETRIES)); then
-      sleep "$WAIT" &
+      sleep "$WAIT" 9>&- &
       wait $! # a signal ends this wait, not a sleep in the foreground
     fi
   done
-  case $rc in
-    10) die 10 "$name: the disk of $STORE is full or refuses to be written" 'what has arrived is kept' 'make room, then again' ;;
-    13) die 13 "$name arrived with another content than its manifest says" \
+  return "$rc"
+}
+
+# failed_tries CODE NAME AGAIN: the last words of a transfer that did not end well.
+failed_tries() {
+  case $1 in
+    3) die 3 "$2: the bucket refuses its objects (line above)" 'key and secret may read models/ and datasets/' "mend the key's rights, then again: what has arrived is kept" ;;
+    10) die 10 "$2: the disk of $STORE is full or refuses to be written" 'what has arrived is kept' 'make room (make cache shows what is there), then again' ;;
+    13) die 13 "$2 arrived with another content than its manifest says" \
       'a model stands under its name only when every file is proved' \
-      "scripts/sync_models.sh --model $name ($RETRIES of $RETRIES tries used; else publish it again: the object may be damaged)" ;;
-    *) die 12 "$name: the transfer failed, $RETRIES of $RETRIES tries used" 'what has arrived is kept' "scripts/sync_models.sh --model $name" ;;
+      "$3   ($RETRIES of $RETRIES tries used; the object may be damaged: make verify-models NAME=${2#*:})" ;;
+    *) die 12 "$2: the transfer failed, $RETRIES of $RETRIES tries used" 'what has arrived is kept' "$3" ;;
   esac
 }
 
-# A hit costs marker, sizes and times; what was touched since is hashed; what is damaged goes back to staging.
-in_store() {
-  local name=$1 target=$2 staging=$3
-  [[ -d $target ]] || return 1
-  if manifest verify "$TEMP/$name.json" "$target" --quick 2>/dev/null; then return 0; fi
-  log sync "$name: $target was touched; hashing it"
-  if [[ -f $target/.complete ]] && manifest verify "$TEMP/$name.json" "$target"; then
-    touch "$target/.complete"
-    return 0
-  fi
-  log sync "$name: damaged; what is right of it is kept"
-  rm -rf -- "$staging" && mkdir -p "$staging"
-  rm -f -- "$target/.complete"
-  mv -T "$target" "$staging/files"
-  return 1
-}
-
-# Staging of this model's other versions; the lock is held.
-collect() {
-  local folder
-  for folder in "$STORE/.staging/$1"-*/; do
-    folder=${folder%/}
-    if [[ -d $folder && $folder != "$2" && ${folder##*/"$1"-} =~ ^[0-9a-f]{64}$ ]]; then rm -rf -- "$folder"; fi
-  done
-}
-
-point() {
-  local link=$MODELS/$1 target=$2
-  [[ ! -e $link || -L $link ]] ||
-    die 10 "$link is a folder that was not synced" 'a model is a link into the store' "move it away: mv '$link' '$link.old'"
-  if [[ $target == "$MODELS/"* ]]; then target=${target#"$MODELS/"}; fi
-  [[ $(readlink "$link" || true) != "$target" ]] || return 0
-  ln -sfn "$target" "$MODELS/.link-$1"
-  mv -T "$MODELS/.link-$1" "$link"
-}
-
-sync_one() {
-  local name=$1 digest target staging began=$EPOCHREALTIME cache=hit fetched=0 bytes
-  digest=$(manifest digest "$TEMP/$name.json") bytes=$(cut -f3 "$TEMP/$name.check")
-  target=$STORE/$digest staging=$STORE/.staging/$name-$digest
-  exec 9>"$STORE/.staging/$name.lock"
-  if ! flock -n 9; then
-    log sync "$name: another sync holds it; waiting for it"
-    until flock -w 4 9; do log sync "$name: still waiting, $SECONDS s"; done
-  fi
-  if ! in_store "$name" "$target" "$staging"; then
-    cache=miss
-    : >"$TEMP/fetched"
-    log sync "Download $name: $(mb "$bytes") MB"
-    mkdir -p "$staging"
-    transfer_all "$name" "$staging"
-    fetched=$(<"$TEMP/fetched")
-    manifest finish "$TEMP/$name.json" "$staging" "$target" ||
-      die 10 "$name: could not be put in $target" '' 'see the line above, then again'
-  fi
-  collect "$name" "$staging"
-  point "$name" "$target"
-  exec 9>&-
-  python - "$name" "$digest" "$bytes" "$fetched" "$began" "$EPOCHREALTIME" "$cache" "$MODELS/$name" <<'PY'
-import json, sys
-name, digest, total, fetched, began, ended, cache, path = sys.argv[1:]
-seconds = max(float(ended) - float(began), 0.001)
-fetched = max(int(fetched), 0)
-rate = round(fetched / 1e6 / seconds, 1)
-print(json.dumps({"model": name, "digest": digest, "bytes": int(total), "downloaded_bytes": fetched,
-                  "seconds": round(seconds, 3), "mb_per_second": rate, "cache": cache, "path": path}))
-how = "in the store already" if cache == "hit" else f"blake3 verified while arriving, {rate} MB/s"
-print(f"sync      {name} ok: {int(total) / 1e6:.1f} MB, {how}, {seconds:.1f} s", file=sys.stderr)
-PY
+# deliver NAME MANIFEST PREFIX STAGING [--discard]: afterwards STAGING/files holds the proved files.
+deliver() {
+  local rc=0
+  tries "$@" || rc=$?
+  ((rc == 0)) || STORE=$4 failed_tries "$rc" "$1" 'the same command again'
 }

@@ -659,6 +659,7 @@ class Storage(Section):
     retry_wait_s: Annotated[int, Whole(ge=0)] = 10
     stall_s: Count = 30
     cache_dir: Name = "/cache/models"
+    cache_max_gb: Positive | None = None
 
 
 class Mlflow(Section):
@@ -1343,6 +1344,13 @@ def needed_models(config: Config, recipe: Recipe) -> dict[str, str]:
     return {role: getattr(config.paths.models, role) for role in _roles(recipe)}
 
 
+def bucket_datasets(config: Config, recipe: Recipe) -> dict[str, str]:
+    """Name to address of the recipe's sources that are in a bucket: the sync brings them."""
+    names = dict.fromkeys([*recipe.data.train.sources, *recipe.data.eval.sources])
+    uris = {name: config.paths.datasets.get(name, "") for name in names}
+    return {name: uri for name, uri in uris.items() if uri.startswith("s3://")}
+
+
 def resolved(config: Config, recipe: Recipe) -> dict[str, Any]:
     """Every key of both with its value, ready for JSON."""
     return {"config": _dump(config), "recipe": _dump(recipe)}
@@ -1387,11 +1395,13 @@ def _get(name: str, config: Config | None, recipe: Recipe | None) -> str:
     def bad(what: str, rule: str) -> ConfigError:
         return ConfigError([Finding("--get", name, what, rule, "python -m wmtp.config --help")])
 
-    if name in ("models", "digest"):
+    if name in ("models", "digest", "datasets"):
         if config is None or recipe is None:
-            raise bad("needs both files", "models and digest come from --config and --recipe")
+            raise bad("needs both files", "models, datasets and digest come from --config and --recipe")
         if name == "digest":
             return digest(config, recipe)
+        if name == "datasets":
+            return "\n".join(f"dataset\t{source}\t{uri}" for source, uri in bucket_datasets(config, recipe).items())
         return "\n".join(
             f"{role}\t{uri.rstrip('/').rpartition('/')[2]}\t{uri}"
             for role, uri in needed_models(config, recipe).items()

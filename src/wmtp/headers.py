@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from wmtp.bucket import BucketError, asked
 from wmtp.manifest import MANIFEST, Manifest, ManifestError, hash_file, load_manifest
 from wmtp.model import ModelError, ModelSpec
 from wmtp.weights import Stored, model_state, read_spec, read_tensors, reward_state, rows_of_embedding
@@ -39,14 +39,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-class BucketError(RuntimeError):
-    """The bucket gave no answer that could be used; str() says why, ``refused`` whether it said no."""
-
-    def __init__(self, what: str, refused: bool = False) -> None:
-        super().__init__(what)
-        self.refused = refused
 
 
 class Folder:
@@ -80,7 +72,7 @@ class Bucket:
         self.name, self.bytes_read = f"s3://{bucket}/{self.prefix}", 0
         self.sizes: dict[str, int] = {}
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=self.prefix)
-        for page in _asked(lambda: list(pages), f"bucket {bucket}"):
+        for page in asked(lambda: list(pages), f"bucket {bucket}"):
             self.sizes |= {o["Key"].removeprefix(self.prefix): o["Size"] for o in page.get("Contents", [])}
 
     def read(self, file: str, start: int, size: int) -> bytes:
@@ -88,7 +80,7 @@ class Bucket:
         if size <= 0:
             return b""
         key, span = self.prefix + file, f"bytes={start}-{start + size - 1}"
-        data: bytes = _asked(
+        data: bytes = asked(
             lambda: self.client.get_object(Bucket=self.bucket, Key=key, Range=span)["Body"].read(), self.name + file
         )
         self.bytes_read += len(data)
@@ -126,37 +118,6 @@ class Bucket:
 
 
 Source = Folder | Bucket
-
-
-def client_of(endpoint: str | None, region: str) -> Any:
-    """A client of the bucket that gives up soon. BucketError without credentials."""
-    import awscli  # noqa: F401 - it brings botocore, and lets it be imported under its name
-    import botocore.session
-    from botocore.config import Config as Options
-    from botocore.exceptions import BotoCoreError
-
-    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
-    once = {"total_max_attempts": 2}
-    options = Options(connect_timeout=3, read_timeout=5, retries=once, s3={"addressing_style": "path"})
-    try:
-        session = botocore.session.get_session()
-        if session.get_credentials() is None:
-            raise BucketError("no credentials of the bucket here: set AWS_ACCESS_KEY_ID, or say --offline")
-        return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=options)
-    except (BotoCoreError, ValueError) as error:  # a profile, a region, an address that can't be used
-        raise BucketError(" ".join(str(error).split())[:160], refused=True) from None
-
-
-def _asked(call: Any, what: str) -> Any:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        return call()
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        raise BucketError(f"{what}: {code or error}", refused=True) from None
-    except BotoCoreError as error:
-        raise BucketError(f"{what} does not answer: {' '.join(str(error).split())[:160]}") from None
 
 
 class _Ranged(io.RawIOBase):

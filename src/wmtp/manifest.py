@@ -1,22 +1,20 @@
 """The manifest of a model: written when it is published, believed only after it is checked.
 
-No transfer happens here: `accept` reads what the client reports and lets a file take its name once its hash is right.
-Exit codes: 0 right, 2 bad arguments, 10 the disk refused, 12 bytes stopped or are missing, 13 differs or is refused.
+No transfer happens here: `plan` says what the client has to bring, `accept` (both in `wmtp.staging`) reads what it
+reports and lets a file take its name once its hash is right.
+Exit codes: 0 right, 2 bad arguments, 10 the disk refused, 12 files are missing, 13 differs or is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import base64
 import json
 import os
 import re
-import shlex
-import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +26,9 @@ MAX_FILES = 100_000
 MAX_BYTES = 64 * 2**20
 MANIFEST = "manifest.json"
 COMPLETE = ".complete"
+LISTING = "listing"
+"""The folder of what was listed in a bucket without manifests; `load_manifest` reads it as such, and nothing else."""
+LARGE = 256 * 2**20  # bytes from which a file is hashed by all cores: nothing else is left to do beside it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 KEYS = {"format", "name", "files", "total_bytes", "created", "tool"}
 
@@ -41,6 +42,18 @@ class Entry:
     path: str
     bytes: int
     blake3: str
+    """64 hexadecimal digits; empty in a listing, where nobody hashed."""
+    crc64nvme: str = ""
+    """The bucket's own full-object checksum in base64, in a listing."""
+
+    def differs(self, path: Path) -> str:
+        """How a file's size or content is another than this; empty where it is this. Raises OSError."""
+        if (size := path.stat().st_size) != self.bytes:
+            return f"{size} bytes, not {self.bytes}"
+        for kind, right, compute in (("blake3", self.blake3, hash_file), ("crc64nvme", self.crc64nvme, crc64nvme)):
+            if right and (found := compute(path)) != right:
+                return f"{kind} {found[:8]}… is not {right[:8]}…"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,30 @@ def _digest(data: bytes) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """blake3 of a file's content, 64 hexadecimal digits."""
+    """blake3 of a file's content, 64 hexadecimal digits; other threads run meanwhile."""
+    if path.stat().st_size >= LARGE:
+        return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
     hasher = blake3()
-    with path.open("rb", buffering=0) as stream:
-        while block := stream.read(4 * 2**20):
-            hasher.update(block)
+    for block in _blocks(path):
+        hasher.update(block)
     return hasher.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(path.stat().st_size, 2**20) + 1))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            yield buffer[:count]
+
+
+def crc64nvme(path: Path) -> str:
+    """CRC-64/NVME of a file's content in base64, as S3 says it (x-amz-checksum-crc64nvme)."""
+    from awscrt import checksums  # only for a bucket without manifests
+
+    found = 0
+    for block in _blocks(path):
+        found = checksums.crc64nvme(block, found)
+    return base64.b64encode(found.to_bytes(8, "big")).decode()
 
 
 def _check_path(path: Any) -> str:
@@ -81,6 +112,17 @@ def _check_path(path: Any) -> str:
     if parts[0] in (MANIFEST, COMPLETE):
         raise ManifestError(f"path {shown}: the name is reserved")
     return path
+
+
+def _refuse_paths(files: tuple[Entry, ...]) -> None:
+    paths = {entry.path for entry in files}
+    if len(paths) != len(files):
+        raise ManifestError("a path stands twice")
+    for entry in files:
+        parts = entry.path.split("/")
+        for depth in range(1, len(parts)):
+            if "/".join(parts[:depth]) in paths:
+                raise ManifestError(f"{entry.path!a}: its folder is a file of the same manifest")
 
 
 def _is_count(value: Any) -> bool:
@@ -133,14 +175,7 @@ def _checked(data: bytes) -> Manifest:
     if not isinstance(raw["files"], list) or not 0 < len(raw["files"]) <= MAX_FILES:
         raise ManifestError(f"files: a list of 1 to {MAX_FILES} entries")
     files = tuple(_entry(item) for item in raw["files"])
-    paths = {entry.path for entry in files}
-    if len(paths) != len(files):
-        raise ManifestError("a path stands twice")
-    for entry in files:
-        parts = entry.path.split("/")
-        for depth in range(1, len(parts)):
-            if "/".join(parts[:depth]) in paths:
-                raise ManifestError(f"{entry.path!a}: its folder is a file of the same manifest")
+    _refuse_paths(files)
     total = sum(entry.bytes for entry in files)
     if raw["total_bytes"] != total or not _is_count(raw["total_bytes"]):
         raise ManifestError(f"total_bytes {raw['total_bytes']!r}: the files have {total}")
@@ -152,9 +187,17 @@ def load_manifest(path: Path) -> Manifest:
     with path.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     try:
-        return _checked(data)
+        return _listing(data) if path.parent.name == LISTING else _checked(data)
     except ManifestError as error:
         raise ManifestError(f"{path.name} is refused: {error}") from None
+
+
+def _listing(data: bytes) -> Manifest:
+    """What `wmtp.bucket` listed, by the same rules for its paths; its version is that of sizes and ETags."""
+    raw = json.loads(data)
+    files = tuple(Entry(_check_path(f["path"]), f["bytes"], "", f["crc64nvme"]) for f in raw["files"])
+    _refuse_paths(files)
+    return Manifest(raw["name"], files, sum(entry.bytes for entry in files), _digest(data))
 
 
 def create(folder: Path, name: str) -> dict[str, Any]:
@@ -189,7 +232,7 @@ def _walk(folder: Path) -> list[Path]:
     return found
 
 
-def _plain_file(root: Path, path: str) -> Path | None:
+def plain_file(root: Path, path: str) -> Path | None:
     """The file, unless it or a folder on its way is missing or a link."""
     at = root
     for part in path.split("/"):
@@ -201,187 +244,39 @@ def _plain_file(root: Path, path: str) -> Path | None:
 
 def differences(manifest: Manifest, folder: Path, quick: bool = False) -> Iterator[str]:
     """What in a finished folder is not as the manifest says; quick: sizes and times instead of hashes."""
-    marker = folder / COMPLETE
+    marked = 0
     if quick:
+        marker = folder / COMPLETE
         if not marker.is_file() or marker.read_text().strip() != manifest.digest:
             yield f"{COMPLETE} does not hold {manifest.digest[:12]}"
             return
         marked = marker.stat().st_mtime_ns
-    for entry in manifest.files:
-        path = _plain_file(folder, entry.path)
+
+    def look(entry: Entry) -> str:
+        path = plain_file(folder, entry.path)
         if path is None:
-            yield f"{entry.path} is missing"
-        elif (size := path.stat().st_size) != entry.bytes:
-            yield f"{entry.path} has {size} bytes, not {entry.bytes}"
-        elif quick:
-            if path.stat().st_mtime_ns > marked:
-                yield f"{entry.path} was written after {COMPLETE}"
-        elif (found := hash_file(path)) != entry.blake3:
-            yield f"{entry.path}: blake3 {found[:8]}… is not {entry.blake3[:8]}…"
+            return f"{entry.path} is missing"
+        if quick:
+            stat = path.stat()
+            if stat.st_size != entry.bytes:
+                return f"{entry.path} has {stat.st_size} bytes, not {entry.bytes}"
+            return f"{entry.path} was written after {COMPLETE}" if stat.st_mtime_ns > marked else ""
+        what = entry.differs(path)
+        return f"{entry.path}: {what}" if what else ""
+
+    if quick:
+        yield from filter(None, map(look, manifest.files))
+    else:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            yield from filter(None, pool.map(look, manifest.files))
+
+
+def extras(manifest: Manifest, folder: Path) -> Iterator[str]:
+    """What lies in a folder and is not in its manifest."""
     known = {entry.path for entry in manifest.files} | {MANIFEST, COMPLETE}
     for path in folder.rglob("*"):
         if not path.is_dir() and path.relative_to(folder).as_posix() not in known:
             yield f"{path.relative_to(folder).as_posix()} is not in the manifest"
-
-
-def plan(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
-    """What is still to be fetched: (number of the entry, entry). Clears away what is not right in staging."""
-    files, parts = staging / "files", staging / "part"
-    if parts.exists():
-        shutil.rmtree(parts)
-    parts.mkdir(parents=True)
-    files.mkdir(exist_ok=True)
-    known = {entry.path for entry in manifest.files}
-    for path in sorted(files.rglob("*"), reverse=True):
-        if path.is_symlink() or (not path.is_dir() and path.relative_to(files).as_posix() not in known):
-            path.unlink()
-    missing = []
-    for number, entry in enumerate(manifest.files):
-        found = _plain_file(files, entry.path)
-        if found is None or found.stat().st_size != entry.bytes or hash_file(found) != entry.blake3:
-            if found is not None:
-                found.unlink()
-            missing.append((number, entry))
-    return missing
-
-
-class Arrivals:
-    """Gives files their names as they arrive, and watches that bytes go on arriving."""
-
-    def __init__(self, manifest: Manifest, staging: Path, stall_s: float):
-        self.manifest, self.staging, self.stall_s = manifest, staging, stall_s
-        missing = plan_sizes(manifest, staging)
-        self.waiting = dict(missing)
-        self.need = sum(entry.bytes for entry in self.waiting.values())
-        self.done = 0
-        self.wrong: list[str] = []
-        self.busy = False
-        self.drawn = False
-        self.over = threading.Event()
-        self.watcher = threading.Thread(target=self.watch, daemon=True)
-
-    def arrived(self, number: int) -> None:
-        entry = self.waiting.get(number)
-        part = self.staging / "part" / str(number)
-        if entry is None or not part.is_file():
-            return
-        self.busy = True
-        size = part.stat().st_size
-        found = hash_file(part) if size == entry.bytes else ""
-        if found == entry.blake3:
-            target = self.staging / "files" / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(target)
-            self.done += size
-            del self.waiting[number]
-        else:
-            part.unlink()
-            why = f"blake3 {found[:8]}… is not {entry.blake3[:8]}…" if found else f"{size} bytes, not {entry.bytes}"
-            self.wrong.append(f"{entry.path} arrived with another content than its manifest says ({why})")
-        self.busy = False
-
-    def watch(self) -> None:
-        """Progress lines; ends the process with 12 when nothing arrives for stall_s seconds."""
-        began = moved = last = time.monotonic()
-        seen, every = -1, 0.2 if sys.stderr.isatty() else 3
-        while not self.over.wait(0.2):
-            now, here = time.monotonic(), self.done
-            for path in (self.staging / "part").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    here += path.stat().st_blocks * 512
-            if here != seen or self.busy:
-                seen, moved = here, now
-            if now - moved > self.stall_s:
-                print(f"sync      warn  no byte arrived for {self.stall_s:.0f} s: given up", file=sys.stderr)
-                os._exit(12)
-            if now - last >= every:
-                last = now
-                self.progress(min(here, self.need), now - began)
-
-    def progress(self, here: int, seconds: float) -> None:
-        rate = here / seconds / 1e6 if seconds else 0.0
-        share = here / self.need if self.need else 1.0
-        bar = "#" * int(share * 20)
-        left = f"{(self.need - here) / 1e6 / rate:.0f} s left" if rate else "waiting"
-        line = (
-            f"Download  {self.manifest.name}  [{bar:-<20}] {share:4.0%}  "
-            f"{here / 1e6:.1f} of {self.need / 1e6:.1f} MB  {rate:.0f} MB/s  {left}"
-        )
-        tty = sys.stderr.isatty() and os.environ.get("CI") != "true" and os.environ.get("TERM") != "dumb"
-        print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
-        self.drawn = tty
-
-    def end(self) -> None:
-        """No more watching; a line that was redrawn in place is wiped away."""
-        self.over.set()
-        self.watcher.join()
-        if self.drawn:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def plan_sizes(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
-    """The entries without a file in staging: `plan` has just removed or proved those that had one."""
-    files = staging / "files"
-    found = []
-    for number, entry in enumerate(manifest.files):
-        path = _plain_file(files, entry.path)
-        if path is None or path.stat().st_size != entry.bytes:
-            found.append((number, entry))
-    return found
-
-
-def accept(manifest: Manifest, staging: Path, stall_s: float) -> int:
-    """Reads the client's JSON lines on standard input; 0 when everything stands, 12 missing, 13 differs."""
-    arrivals = Arrivals(manifest, staging, stall_s)
-    arrivals.watcher.start()
-    for line in sys.stdin:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            print(line, end="", file=sys.stderr)
-            continue
-        name = Path(str(record.get("destination", ""))).name
-        if record.get("success") and name.isdigit():
-            arrivals.arrived(int(name))
-    arrivals.end()
-    for number in list(arrivals.waiting):
-        if (staging / "part" / str(number)).exists():
-            arrivals.arrived(number)
-    for text in arrivals.wrong:
-        print(f"sync      warn  {manifest.name}: {text}", file=sys.stderr)
-    if arrivals.wrong:
-        return 13
-    return 12 if arrivals.waiting else 0
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def finish(manifest: Manifest, source: Path, staging: Path, target: Path) -> None:
-    """Staging becomes the model in one rename, everything on the disk before it."""
-    files = staging / "files"
-    if plan_sizes(manifest, staging):
-        raise ManifestError(f"{manifest.name}: files are missing in {files}")
-    (files / MANIFEST).write_bytes(source.read_bytes())
-    for path in files.rglob("*"):
-        _fsync(path)
-    marker = files / COMPLETE
-    marker.write_text(manifest.digest + "\n")
-    _fsync(marker)
-    _fsync(files)
-    files.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def copy_line(options: str, source: str, target: str) -> str:
-    """A command for the client's `run`; --raw, since a key may hold * or ?."""
-    return f"cp --raw {options} {shlex.quote(source)} {shlex.quote(target)}\n"
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -394,23 +289,28 @@ def _arguments() -> argparse.ArgumentParser:
         ("check", "refuses a hostile manifest; prints name, files and bytes"),
         ("digest", "the digest that names this version"),
         ("list", "commands for the client that publishes the folder"),
-        ("plan", "what is missing in staging: BYTES<TAB>PATH; with --commands the client's file"),
-        ("accept", "the client's JSON lines in, files out"),
+        ("plan", "clears staging; prints how many files and bytes are lacking; with --commands the client's file"),
+        ("accept", "the client's JSON lines in, files out; prints how many files and bytes are lacking"),
+        ("first", "settings and tokenizer, for those who wait: the client's commands, then with --accept the files"),
         ("finish", "staging becomes the model"),
         ("verify", "a finished folder against its manifest"),
         ("same", "whether two manifests describe the same content"),
     ):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("manifest", type=Path)
-        if name in ("plan", "accept", "finish", "verify", "same", "list"):
+        if name not in ("check", "digest"):
             verb.add_argument("folder", type=Path)
         if name == "plan":
             verb.add_argument("--commands", type=Path, help="file for the client's commands")
-        if name in ("plan", "list"):
+            verb.add_argument("--store", type=Path, help="other versions' files of the same content are used again")
+            verb.add_argument("--also", type=Path, help="a folder that has some of the files")
+        if name in ("plan", "list", "first"):
             verb.add_argument("--prefix", help="s3://BUCKET/models/NAME")
             verb.add_argument("--options", default="", help="options of each copy")
         if name == "accept":
-            verb.add_argument("--stall", type=float, default=30)
+            verb.add_argument("--discard", action="store_true", help="remove each file once it is proved")
+        if name == "first":
+            verb.add_argument("--accept", action="store_true")
         if name == "finish":
             verb.add_argument("target", type=Path)
         if name == "verify":
@@ -419,6 +319,8 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from wmtp import staging  # it builds on this module
+
     if arguments.verb == "create":
         if not arguments.folder.is_dir():
             raise ManifestError(f"{arguments.folder} is not a folder")
@@ -438,26 +340,33 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "list":
         for entry in manifest.files:
             source, target = f"{arguments.folder}/{entry.path}", f"{arguments.prefix}/{entry.path}"
-            sys.stdout.write(copy_line(arguments.options, source, target))
+            sys.stdout.write(staging.copy_line(arguments.options, source, target))
     elif arguments.verb == "plan":
-        missing = plan(manifest, arguments.folder)
+        missing = staging.plan(manifest, arguments.folder, arguments.store, arguments.also)
         if arguments.commands:
             parts = arguments.folder / "part"
             text = "".join(
-                copy_line(arguments.options, f"{arguments.prefix}/{entry.path}", str(parts / str(number)))
+                staging.copy_line(arguments.options, f"{arguments.prefix}/{entry.path}", str(parts / str(number)))
                 for number, entry in missing
             )
             arguments.commands.write_text(text, encoding="utf-8")
-        for _, entry in missing:
-            print(entry.bytes, entry.path, sep="\t")
+        print(len(missing), sum(entry.bytes for _, entry in missing))
     elif arguments.verb == "accept":
-        return accept(manifest, arguments.folder, arguments.stall)
+        return staging.accept(manifest, arguments.folder, arguments.discard)
+    elif arguments.verb == "first":
+        if arguments.accept:
+            staging.accept_first(manifest, arguments.folder)
+        else:
+            sys.stdout.write(staging.plan_first(manifest, arguments.folder, arguments.prefix, arguments.options))
     elif arguments.verb == "finish":
-        finish(manifest, arguments.manifest, arguments.folder, arguments.target)
+        staging.finish(manifest, arguments.manifest, arguments.folder, arguments.target)
     elif arguments.verb == "verify":
         found = list(differences(manifest, arguments.folder, arguments.quick))
         for text in found:
             print(f"{manifest.name}: {text}", file=sys.stderr)
+        if not arguments.quick:
+            for text in extras(manifest, arguments.folder):
+                print(f"{manifest.name}: warn  {text}: left alone", file=sys.stderr)
         return 13 if found else 0
     return 0
 
@@ -475,4 +384,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from wmtp import manifest as this  # the module that wmtp.staging knows: its errors are caught here
+
+    sys.exit(this.main())

@@ -32,8 +32,9 @@ import torch
 
 from wmtp import config as settings
 from wmtp import headers, memory, twin
+from wmtp.bucket import BucketError, client_of
 from wmtp.data import Tokenizer, load_tokenizer, pack, sides, text_digest, text_key, tokenize
-from wmtp.headers import Bucket, BucketError, Folder, Source
+from wmtp.headers import Bucket, Folder, Source
 from wmtp.memory import GIB, MARGIN, Peak
 from wmtp.model import ModelError, ModelSpec
 from wmtp.optim import rows_per_step, total_steps
@@ -137,7 +138,7 @@ class Models:
         if not self.why:
             try:
                 endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
-                client = headers.client_of(endpoint, config.storage.region)
+                client = client_of(endpoint, config.storage.region)
                 return Model(name, Bucket(client, config.storage.bucket, name, self.into / name), spec, "in the bucket")
             except BucketError as error:
                 self.why, self.no = str(error), self.refusal(error)

@@ -1,0 +1,33 @@
+# Versions that nobody uses leave the store. Sourced by sync_models.sh and cache.sh; uses STORE MODELS.
+# shellcheck shell=bash disable=SC2154
+
+# evict_one DIGEST NAME BYTES: in one rename out of everybody's sight; not while another sync has its lock.
+evict_one() {
+  local gone=$STORE/.staging/evicted-$1
+  mkdir -p "$STORE/.staging"
+  (
+    flock -n 8 || exit 1
+    # Looked at again, now that nobody can begin to link it.
+    python -m wmtp.cache spare "$STORE" "$MODELS" | cut -f1 | grep -qx "$1" || exit 1
+    mv -T "$STORE/$1" "$gone"
+  ) 8>"$STORE/.staging/$2-$1.lock" || return 1
+  rm -rf -- "$gone" "$STORE/.used/$1"
+  log "$STAGE" "$2 ${1:0:12} evicted: $(awk -v b="$3" 'BEGIN {printf "%.1f", b / 1e6}') MB that nobody used"
+}
+
+# evict BYTES DIGEST…: at least so many, the longest unused first; the DIGESTs are wanted.
+evict() {
+  local left=$1 digest name bytes
+  while ((left > 0)) && IFS=$'\t' read -r digest name bytes; do
+    if evict_one "$digest" "$name" "$bytes"; then left=$((left - bytes)); fi
+  done < <(python -m wmtp.cache spare "$STORE" "$MODELS" "${@:2}")
+}
+
+# within GB DIGEST…: brings the store under a size where one is set.
+within() {
+  [[ -n $1 ]] || return 0
+  local have
+  have=$(python -m wmtp.cache list "$STORE" "$MODELS" --json | awk -F'"bytes": ' '{s += $2} END {printf "%.0f", s}')
+  have=$(awk -v h="$have" -v m="$1" 'BEGIN {printf "%.0f", h - m * 1e9}')
+  if ((have > 0)); then evict "$have" "${@:2}"; fi
+}
