@@ -43,6 +43,10 @@ dryrun: $(STAMP) ## what can be known to fail before a run (ENV= ALGO=)
 sync: $(STAMP) ## models from the bucket to this machine (CONFIG= RECIPE= NAME=)
 	@scripts/sync_models.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(NAME),--model "$(NAME)")
 
+.PHONY: cache
+cache: $(STAMP) ## the models on this machine: versions, sizes, used by what, how old (EVICT=NAME, a digest, or unused)
+	@scripts/cache.sh $(if $(EVICT),--evict "$(EVICT)")
+
 .PHONY: check-vocab
 check-vocab: $(STAMP) ## one vocabulary in all models of the run (CONFIG= RECIPE=)
 	@scripts/check_vocab.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)")

@@ -84,6 +84,12 @@ for line in open(sys.argv[1]):
   run -1 grep -E 'models are here|check_vocab' "$CALLS"
 }
 
+@test "vessl_startup: a trainer that fails while the models come stops the sync, and its code is the script's" {
+  TRAINER=early WAIT_sync_models=50 run -2 --separate-stderr startup
+  [[ $stderr == *'training ended with 2'*'line 3 is no JSON'* ]]
+  run -1 grep check_vocab "$CALLS"
+}
+
 @test "vessl_startup: ALLOW names what may differ from the checkpoint" {
   ALLOW='optim.lr train.max_steps' run -0 --separate-stderr startup
   grep -q -- '--allow=optim.lr --allow=train.max_steps ' "$CALLS"

@@ -7,7 +7,8 @@
 #   MAX_HOURS  saves and ends with 75 after so many hours (default: launcher.max_hours)
 #   RUN_NAME   the same name is the same work: it goes on from its newest checkpoint    WMTP_APP_ROOT, S3_*, AWS_*
 #   ALLOW      keys of the recipe in which it may differ from that checkpoint, "key key …"
-# The trainer starts beside a sync that takes longer than a moment, and waits for the models with everything else ready.
+# The trainer starts beside a sync that takes longer than a moment: settings and tokenizers come first, with these it reads
+# and tokenizes the data, and waits for the weights with everything else ready. When it fails, the sync is stopped.
 # Standard output: the sync's JSON lines, then the path of summary.json (beside it: vocab.json, exit.json, phases.jsonl).
 # Standard error: the story.
 # Exit codes: the table of the stages: 0 done, 2 bad input, 3 missing, 10-14 models, 20 training failed,
@@ -33,6 +34,7 @@ stage() {
   ((ended_by == 0)) || leave "$ended_by"
   run_child "$@"
   ((ended_by == 0)) || leave "$ended_by"
+  if [[ -n ${failed_early:-} ]]; then train; fi
   ((rc != 126 && rc != 127)) || leave 3 "$name can't be started: $1"
   ((rc == 0)) || leave "$rc" "$name ended with $rc after $((SECONDS - started)) s"
   phase "$name" "$began"
@@ -79,17 +81,22 @@ environment() {
 EARLY=3
 begin_training() {
   exit_file=$app/logs/$RUN_NAME/exit.json summary=$app/logs/$RUN_NAME/summary.json here=$app/logs/$RUN_NAME/.models
+  first=$app/logs/$RUN_NAME/.first
   local -a command=(python -m wmtp.launch --standalone --nproc-per-node "$ranks" -m wmtp.train) allowed=()
   if [[ $ENV == test ]]; then command=(python -m wmtp.train); fi
   read -ra allowed <<<"${ALLOW:-}"
   command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME" "${allowed[@]/#/--allow=}"
-    --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary" --after "$here")
-  rm -f "$exit_file" "$summary" "$here"
+    --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary" --after "$here" --first "$first")
+  rm -rf "$exit_file" "$summary" "$here" "$first"
+  mkdir "$first"
+  export WMTP_SYNC_FIRST=$first
   # It waits without a child of its own, so that a signal finds it until the trainer has its place.
   # shellcheck disable=SC2016
   "${tied[@]}" bash -c 'exec 9<> <(:); until [[ -e $2 ]] || ((SECONDS >= $1)); do read -rt 0.1 -u 9 || true; done
     exec 9>&-; shift 2; export WMTP_LAUNCHED=$(date +%s.%N); exec "$@"' early "$EARLY" "$here" "${command[@]}" <&0 &
   early=$!
+  # A trainer that ends before the models are here has failed: no byte more is fetched for it.
+  trap 'if [[ -n $early && ! -e $here ]] && ((child)) && ! kill -0 "$early" 2>/dev/null; then failed_early=1; kill -TERM "$child" 2>/dev/null || true; fi' CHLD
 }
 
 # train: the code is the trainer's own (exit.json).
@@ -97,7 +104,8 @@ train() {
   local started=$SECONDS rc=0
   ((ended_by == 0)) || leave "$ended_by"
   if [[ $ENV != test ]]; then reach=ranks; fi
-  : >"$here"
+  trap - CHLD
+  [[ -n ${failed_early:-} ]] || : >"$here"
   await_child "$early"
   early=''
   local code cause='' took=$((SECONDS - started))

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Usage: scripts/sync_models.sh [--config FILE --recipe FILE] [--model NAME]… [--dry-run] [--first DIR]
+# Usage: scripts/sync_models.sh [--config FILE --recipe FILE] [--model NAME]… [--dry-run]
 # Brings the models that configuration and recipe need (or the named ones), and datasets that are s3://, from the bucket to
 # $WMTP_APP_ROOT/models/NAME (datasets/.synced/NAME). A model stands under its name only when every file is proved; what has
 # arrived is kept. Without --config and --model: the configuration that ENV, ALGO and LAUNCHER choose.
-# --dry-run prints the plan: what, how many bytes, from where, why. --first DIR: settings and tokenizers come first, there.
+# --dry-run prints the plan: what, how many bytes, from where, why.
 # Settings: S3_BUCKET_NAME S3_ENDPOINT_URL AWS_* WMTP_APP_ROOT WMTP_CACHE_DIR WMTP_CACHE_MAX_GB WMTP_STORAGE_RETRIES
 #   WMTP_STORAGE_RETRY_WAIT_S WMTP_STORAGE_STALL_S (these win over the storage.* keys)
+#   WMTP_SYNC_FIRST a folder to which settings and tokenizers come before any weights
 #   WMTP_NO_MANIFEST=1 takes models that someone else uploaded by what the bucket lists
 # Standard output: one JSON line a model (model, bytes, downloaded_bytes, seconds, mb_per_second, cache, digest, path); with
 #   --dry-run one an item of the plan.
@@ -32,7 +33,7 @@ source "$here/scored.bash"
 # shellcheck source=scripts/lib/place.bash
 source "$here/place.bash"
 
-TEMP='' MODELS='' STORE='' CHECKPOINTS='' FIRST='' AGAIN='' CACHE=/cache/models CACHE_MAX='' ACCELERATE=''
+TEMP='' MODELS='' STORE='' CHECKPOINTS='' FIRST=${WMTP_SYNC_FIRST:-} AGAIN='' CACHE=/cache/models CACHE_MAX='' ACCELERATE=''
 # Items are models by name and datasets as dataset:NAME; of each:
 ITEMS=()
 declare -A NAME=() PREFIX=() LINK=() WHY=() MANIFEST=() DIGEST=() FILES=() BYTES=() STATE=() HERE=()
@@ -94,8 +95,7 @@ main() {
       --dry-run) dry=1 && shift && continue ;;
       --config | --recipe | --set) [[ -n ${2:-} ]] && SETTINGS+=("$1" "$2") ;;
       --model) [[ -n ${2:-} ]] && only+=("${2#models/}") ;;
-      --first) [[ -n ${2:-} ]] && FIRST=$2 ;;
-      *) die 2 "$1: not known" 'the options are --config, --recipe, --set, --model, --first and --dry-run' 'scripts/sync_models.sh --help' ;;
+      *) die 2 "$1: not known" 'the options are --config, --recipe, --set, --model and --dry-run' 'scripts/sync_models.sh --help' ;;
     esac || die 2 "$1 has no value" "$1 VALUE" 'scripts/sync_models.sh --help'
     shift 2
   done

@@ -97,11 +97,11 @@ def test_first_files_are_settings_and_tokenizer_and_are_proved(tmp_path: Path) -
         (tmp_path / "early/.m.part" / name).write_text(name)
     (tmp_path / "early/.m.part/config.json").write_text("CONFIG.json")
     with pytest.raises(ManifestError, match=r"config\.json"):
-        staging.accept_first(made, at)
+        staging.accept_first(made, source, at)
     assert not at.exists()
     (tmp_path / "early/.m.part/config.json").write_text("config.json")
-    staging.accept_first(made, at)
-    assert sorted(path.name for path in at.iterdir()) == ["config.json", "tokenizer.model"]
+    staging.accept_first(made, source, at)
+    assert sorted(path.name for path in at.iterdir()) == ["config.json", "manifest.json", "tokenizer.model"]
 
 
 def test_a_listing_is_proved_by_sizes_and_the_buckets_checksums(tmp_path: Path) -> None:

@@ -355,7 +355,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return staging.accept(manifest, arguments.folder, arguments.discard)
     elif arguments.verb == "first":
         if arguments.accept:
-            staging.accept_first(manifest, arguments.folder)
+            staging.accept_first(manifest, arguments.manifest, arguments.folder)
         else:
             sys.stdout.write(staging.plan_first(manifest, arguments.folder, arguments.prefix, arguments.options))
     elif arguments.verb == "finish":

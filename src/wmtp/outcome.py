@@ -19,11 +19,12 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from wmtp.checkpoint import CheckpointError, Checkpoints, TransferError
+from wmtp.cache import hold
+from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, TransferError
 from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
-from wmtp.paths import PathResolver
+from wmtp.paths import PathResolver, synced
 from wmtp.tracking import Tracker
 from wmtp.watch import Watch
 
@@ -126,16 +127,20 @@ def say(text: str) -> None:
 
 
 def local_path(uri: str, what: str) -> Path:
-    """The folder that ``uri`` stands for; it must be there."""
+    """The folder that ``uri`` stands for; it must be there. A synced one is held: no eviction takes it from us."""
     kind, path = PathResolver().resolve(uri)
     if kind != "file":
-        raise BadInput(f"{what}: {uri}: rule: the trainer reads local folders; next: sync it, or name a file://")
-    if not Path(path).is_dir():
+        path = PathResolver().resolve(synced(uri, what))[1]
+    folder = Path(path)
+    if not folder.is_dir():
         raise BadInput(
-            f"{what}: {path} is not there; rule: models and data are on the disk before training; "
+            f"{what}: {folder} is not there; rule: models and data are on the disk before training; "
             "next: scripts/sync_models.sh, or make train for ENV=test"
         )
-    return Path(path)
+    if (folder / MARKER).is_file():
+        folder = folder.resolve()  # a sync may put another version under the link while this one is read
+        hold(folder)
+    return folder
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -43,6 +43,12 @@ def split(uri: str) -> tuple[str, str]:
     return "file", "/" + path.lstrip("/") if rest.startswith("/") else path
 
 
+def synced(uri: str, what: str) -> str:
+    """Where the sync puts what an `s3://` address of `paths.models` or `paths.datasets` (``what``) names."""
+    folder = "models" if what.startswith("paths.models") else "datasets/.synced"
+    return f"file://{APP}/{folder}/{uri.rstrip('/').rpartition('/')[2]}"
+
+
 def under_app(path: str) -> bool:
     """Whether a normalised path is the work folder of the image or lies in it."""
     return path == APP or path.startswith(APP + "/")

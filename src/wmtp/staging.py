@@ -125,12 +125,16 @@ def plan_first(manifest: Manifest, folder: Path, prefix: str, options: str) -> s
     )
 
 
-def accept_first(manifest: Manifest, folder: Path) -> None:
-    """Gives what `plan_first` asked for its name, all of it proved. Raises ManifestError, OSError."""
+def accept_first(manifest: Manifest, source: Path, folder: Path) -> None:
+    """Gives what `plan_first` asked for its name, all of it proved, with the manifest beside it.
+
+    Raises ManifestError, OSError.
+    """
     part = folder.with_name(f".{folder.name}.part")
     for _, entry in first_files(manifest):
         if what := entry.differs(part / entry.path):
             raise ManifestError(f"{entry.path}: {what}")
+    shutil.copyfile(source, part / MANIFEST)
     part.rename(folder)
 
 

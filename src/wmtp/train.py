@@ -36,6 +36,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from wmtp import config as settings
 from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
+from wmtp.early import first_look, then_whole
 from wmtp.evaluation import held_out_ce, mean, show_weights, shown
 from wmtp.export import export_hf
 from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, no_compiler, shard_units
@@ -82,9 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-name", help="the same name goes on where it stopped (default: the recipe's)")
     parser.add_argument("--tags", default="", help="for the MLflow run, separated by commas")
     parser.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ from the checkpoint's")
-    parser.add_argument(
-        "--after", type=Path, metavar="FILE", help="get ready, then wait for this file: models are here"
-    )
+    parser.add_argument("--after", type=Path, metavar="FILE", help="get ready, then wait for it: models are here")
+    parser.add_argument("--first", type=Path, metavar="DIR", help="where settings and tokenizers come before weights")
     parser.add_argument("--env", default=os.environ.get("ENV_MODE"), help="test, minitest or production")
     parser.add_argument("--exit-file", type=Path, help="where code, cause and step are written at the end")
     parser.add_argument("--summary", type=Path, help="where the figures of the run are written at the end")
@@ -156,14 +156,6 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.environ.get("WMTP_LAUNCHER") not in (None, str(os.getppid())):
         os._exit(RESUME_ME)  # it died while this process imported
-
-
-def wait_for(file: Path, stop: Stop) -> None:
-    """Until ``file`` is there. Raises Stopped on a notice to stop."""
-    while not file.exists():
-        if stop.cause:
-            raise Stopped("before the models came")
-        time.sleep(0.05)
 
 
 def need_shared(folder: Path, place: Place) -> None:
@@ -264,11 +256,10 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     place = Place(torch.device("cpu")) if args.dry_run else start_ranks(config, pick_device(config))
     place.wait()  # the first collective builds what all others use
     progress.phases.done("ranks")
-    if args.after:
-        wait_for(args.after, stop)
-        progress.phases.done("models")
-    base = local_path(config.paths.models.base, "paths.models.base")
-    name, own = args.run_name or recipe.run.name, read_spec(base)
+    name, base_uri = args.run_name or recipe.run.name, config.paths.models.base.rstrip("/")
+    # Datasets that the sync brings are not there before its end.
+    first = None if settings.bucket_datasets(config, recipe) else args.first
+    base, own = first_look(base_uri, args.after, first, stop)
     tokenizer = load_tokenizer(base)
     if told := base_refused(str(base), own, recipe, len(tokenizer.pieces())):
         raise BadInput("{}; rule: {}; next: {}".format(*told))
@@ -284,7 +275,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     say(f"train     {name}: {recipe.train.algo}, {place.world} rank(s) on {place.device.type}, fsdp {sharding}")
 
     if own.heads < spec.heads:
-        say(f"train     new heads: {own.heads} to {spec.heads - 1} begin as copies of the last layer of {base.name}")
+        new = f"{own.heads} to {spec.heads - 1}"
+        say(f"train     new heads: {new} begin as copies of the last layer of {Path(base_uri).name}")
 
     kind, where = PathResolver().resolve(config.paths.checkpoints.base_path)
     disk = Path(where) if kind == "file" else Path(PathResolver().resolve("file:///app/checkpoints")[1])
@@ -313,6 +305,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     weighting = Weighting(recipe)
     sets = load_sets(config, recipe, tokenizer, disk / ".tokens", place)
     progress.phases.done("data")
+    if args.after:
+        base = then_whole(base_uri, base, args.after, stop)
+        progress.phases.done("models")
     scores, kept_as = load_scores(
         config,
         recipe,
