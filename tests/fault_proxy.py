@@ -138,11 +138,11 @@ class Wire:
 
     def gone(self) -> bool:
         """Whether the other end has closed (or said something unasked, which no server does)."""
-        return self.heard(0)
+        return self.heard(0, select.POLLIN)
 
-    def heard(self, seconds: float | None) -> bool:
+    def heard(self, seconds: float | None, what: int) -> bool:
         poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
+        poll.register(self.sock, what)
         return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
@@ -280,7 +280,7 @@ class Pair:
         """What happens at this place of the body; the bytes of it that this used up."""
         if fault.kind == "truncate":
             raise Over
-        if fault.kind == "stall" and self.client.heard(fault.seconds):
+        if fault.kind == "stall" and self.client.heard(fault.seconds, select.POLLRDHUP):  # an upload's bytes are no end
             raise Over
         if fault.kind == "call" and fault.once():
             subprocess.run(fault.command, shell=True, check=False, stdout=sys.stderr)
