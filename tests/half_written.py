@@ -30,15 +30,19 @@ def of_folder(root: Path) -> Iterator[str]:
         folder = marker.parent
         if in_staging(marker.relative_to(root)):
             continue
-        if (folder / "manifest.json").is_file():  # a model of the store
+        model = not marker.read_text().startswith("{")  # of the store: its marker holds its manifest's digest
+        if (folder / "manifest.json").is_file():
             try:
                 manifest = load_manifest(folder / "manifest.json")
             except ManifestError as error:
                 yield f"{folder}: {error}"
                 continue
-            if marker.read_text().strip() != manifest.digest:
+            if model and marker.read_text().strip() != manifest.digest:
                 yield f"{folder}: its marker is another manifest's"
             yield from (f"{folder}: {line}" for line in differences(manifest, folder))
+        elif model:
+            yield f"{folder}: a marker without a manifest"
+        if model:
             continue
         for entry in json.loads(marker.read_text())["files"]:
             path = folder / entry["path"]
