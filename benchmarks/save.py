@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from wmtp.checkpoint import Checkpoints
+from wmtp.config import Storage
 from wmtp.model import ModelSpec, MTPModel, shard_units
 
 SPEC = ModelSpec("hf", 4, 512, 6, 8, 8, 1376, 32000)
@@ -42,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as own:
         place: list[str] = [own]
         dist.broadcast_object_list(place, src=0)
-        shelf = Checkpoints(Path(place[0]) / "ours", None, keep_last=1, retries=1, concurrency=1, part_mb=5)
+        shelf = Checkpoints(Path(place[0]) / "ours", None, keep_last=1, storage=Storage(retry_wait_s=0))
         x = torch.randint(0, SPEC.vocab_size, (1, 128))
         labels, mask = x[..., None].expand(1, 128, SPEC.heads), torch.ones(1, 128, SPEC.heads, dtype=torch.bool)
 

@@ -33,7 +33,7 @@ from pairs import interval, machine  # noqa: E402
 from test_objective import markov_weights  # type: ignore[import-not-found]  # noqa: E402
 
 from wmtp.checkpoint import Checkpoints  # noqa: E402
-from wmtp.config import load_pair  # noqa: E402
+from wmtp.config import Storage, load_pair  # noqa: E402
 from wmtp.data import Batches, Rows, pack  # noqa: E402
 from wmtp.heatmap import token_weights  # noqa: E402
 from wmtp.model import ModelSpec, MTPModel  # noqa: E402
@@ -199,7 +199,7 @@ def reward_run(seed: int, steps: int) -> list[tuple[float, float, float]]:
     batches, weighting = Batches(rows, ROWS, seed), Weighting(recipe)
     model = MTPModel(SPEC, value_head=True).train()
     with tempfile.TemporaryDirectory() as folder:
-        kept = Checkpoints(Path(folder), None, keep_last=1, retries=1, concurrency=1, part_mb=5)
+        kept = Checkpoints(Path(folder), None, keep_last=1, storage=Storage(retry_wait_s=0))
         pretrain_value_head(model, batches, reward, None, config, recipe, kept, PLACE, Stop(), {})
     found = [peaks(model, held_rows, weighting, prize)]
     optimizer = adamw(model, recipe)

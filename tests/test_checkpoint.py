@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from wmtp import checkpoint
-from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, TransferError, quoted, s5cmd_binary
+from wmtp.checkpoint import Checkpoints
+from wmtp.config import Storage
+from wmtp.remote import MARKER, CheckpointError, Remote, TransferError
+
+STORAGE = Storage(retries=2, retry_wait_s=0, workers=2, part_size_mb=5)
 
 
-def make(folder: Path, remote: str | None = None, keep: int = 2) -> Checkpoints:
-    return Checkpoints(folder, remote, keep_last=keep, retries=2, concurrency=2, part_mb=5)
+def make(folder: Path, remote: str | None = None, keep: int = 2, storage: Storage = STORAGE) -> Checkpoints:
+    return Checkpoints(folder, remote, keep_last=keep, storage=storage)
 
 
 def saved(checkpoints: Checkpoints, *what: Any) -> Path:
@@ -144,59 +146,108 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         make(tmp_path / "file" / "run")
 
 
-def test_a_quoted_argument_survives_spaces_and_quotes() -> None:
-    assert quoted('a "b" c') == '"a \\"b\\" c"'
+# ---- the bucket ------------------------------------------------------------------------------------------------------
 
 
-def test_the_bucket_gets_the_marker_and_loses_what_is_old(tmp_path: Path, prefix: str) -> None:
-    model, optimizer = parts()
-    checkpoints = make(tmp_path, prefix, keep=1)
-    saved(checkpoints, 1, model, optimizer, {})
-    saved(checkpoints, 2, model, optimizer, {})
+def uploaded(folder: Path, prefix: str, *steps: int) -> None:
+    """Checkpoints of these steps in the bucket, each ``{"waited": step}``."""
+    checkpoints = make(folder, prefix, keep=9)
+    for step in steps:
+        saved(checkpoints, step, *parts(), {"waited": step})
     checkpoints.close()
-    assert make(tmp_path, prefix).remote_steps() == [2]
-    assert make(tmp_path, prefix).steps() == [2]
+
+
+def in_bucket(prefix: str) -> list[str]:
+    return sorted(Remote(prefix, STORAGE).listed("*"))
+
+
+def damage(place: Path, prefix: str, step: int) -> None:
+    """Another content, as long as the right one, for a checkpoint's shard in the bucket."""
+    remote, key = Remote(prefix, STORAGE), f"step-{step}/__0_0.distcp"
+    (place / "other").write_bytes(b"x" * remote.listed(key)[key][0])
+    remote.s5cmd("cp", str(place / "other"), f"{prefix}/{key}")
+
+
+def test_the_bucket_gets_manifest_and_marker_and_loses_what_is_old(tmp_path: Path, prefix: str) -> None:
+    checkpoints = make(tmp_path, prefix, keep=1)
+    for step in (1, 2, 3):
+        saved(checkpoints, step, *parts(), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [3]
+    names = [".complete", ".metadata", "__0_0.distcp", "manifest.json", "trainer.json"]
+    assert in_bucket(prefix) == [f"step-3/{name}" for name in names]
 
 
 def test_a_checkpoint_comes_back_from_the_bucket_on_another_machine(tmp_path: Path, prefix: str) -> None:
-    model, optimizer = parts()
-    checkpoints = make(tmp_path / "one", prefix)
-    saved(checkpoints, 4, model, optimizer, {"waited": 1})
-    checkpoints.close()
+    uploaded(tmp_path / "one", prefix, 4)
     other = make(tmp_path / "two", prefix)
     other.fetch_newest()
     assert other.steps() == [4]
-    assert other.load(4, *parts())["waited"] == 1
+    assert other.load(4, *parts())["waited"] == 4
 
 
 def test_a_checkpoint_without_its_marker_in_the_bucket_is_not_one(tmp_path: Path, prefix: str) -> None:
-    model, optimizer = parts()
-    checkpoints = make(tmp_path / "one", prefix)
-    saved(checkpoints, 4, model, optimizer, {})
-    checkpoints.close()
-    subprocess.run([s5cmd_binary(), "rm", f"{prefix}/step-4/{MARKER}"], check=True, capture_output=True)
+    uploaded(tmp_path / "one", prefix, 4)
+    Remote(prefix, STORAGE).s5cmd("rm", f"{prefix}/step-4/{MARKER}")
     other = make(tmp_path / "two", prefix)
-    other.fetch_newest()
+    assert other.newest() == (0, {})
     assert other.steps() == []
 
 
-@pytest.mark.parametrize(("kills", "told"), [(2, None), (9, "ended with -15")])
-def test_a_client_that_a_signal_to_all_ends_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, told: str | None
+def test_of_a_damaged_newest_the_one_before_is_used_and_the_loss_is_told(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torchrun tells whole groups to end; the client may not have left its rank's yet."""
-    client = tmp_path / "client"
-    client.write_text(
-        f'#!/bin/sh\ncd {tmp_path}; echo x >>tries; [ "$(wc -l <tries)" -gt {kills} ] || kill -TERM $$\necho listed\n'
-    )
-    client.chmod(0o755)
-    monkeypatch.setattr(checkpoint, "s5cmd_binary", lambda: str(client))
-    shelf = Checkpoints(tmp_path / "r", "s3://b/r", keep_last=2, retries=3, concurrency=1, part_mb=5)
-    if told is None:
-        assert shelf.s5cmd("ls") == "listed\n"
-    else:
-        with pytest.raises(TransferError, match=told):
-            shelf.s5cmd("ls")
+    uploaded(tmp_path / "one", prefix, 4, 8)
+    damage(tmp_path, prefix, 8)
+    two = make(tmp_path / "two", prefix)
+    model, optimizer = parts()
+    state: dict[str, Any] = {}
+    assert two.resume(model, optimizer, state) == 4 and state["waited"] == 4
+    told = capsys.readouterr().err
+    assert "step 8 is lost" in told and "__0_0.distcp: arrived with another content" in told
+    assert two.steps() == [4] and two.remote is not None and two.remote.steps() == [4]
+    saved(two, 8, model, optimizer, {"waited": 9})  # what was lost is made again
+    two.close()
+    three = make(tmp_path / "three", prefix)
+    three.fetch_newest()
+    assert three.load(8, *parts())["waited"] == 9
+
+
+def test_where_every_checkpoint_is_damaged_the_run_begins_anew(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uploaded(tmp_path / "one", prefix, 4)
+    damage(tmp_path, prefix, 4)
+    assert make(tmp_path / "two", prefix).newest() == (0, {})
+    assert "step 4 is lost" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_as_one_when_a_checkpoint_is_fetched(
+    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded(tmp_path / "one", prefix, 4)
+    other = make(tmp_path / "two", prefix)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(CheckpointError, match="are free") as caught:
+        other.newest()
+    assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ENOSPC
+
+
+def test_a_bucket_that_is_away_at_the_start_is_asked_again(
+    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded(tmp_path / "one", prefix, 4)
+    other = make(tmp_path / "two", prefix)
+    assert other.remote is not None
+    endpoint = os.environ["S3_ENDPOINT_URL"]
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+
+    def back() -> bool:
+        monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+        return False
+
+    monkeypatch.setattr(other.remote, "_wait", back)
+    assert other.newest()[0] == 4
 
 
 def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +258,38 @@ def test_an_upload_that_fails_is_told_at_the_end(tmp_path: Path, prefix: str, mo
     with pytest.raises(TransferError, match="s5cmd"):
         checkpoints.close()
     assert checkpoints.steps() == [1]  # the disk still has it
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_whatever_the_bucket_does_the_disk_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    """A transfer that does not end, and one that fails at once: `keep_last`, and the one that is read by it."""
+    checkpoints, (model, optimizer) = make(tmp_path, "s3://b/r", keep=2), parts()
+    assert checkpoints.remote is not None
+    began, go_on, read = threading.Event(), threading.Event(), []
+
+    def put(folder: Path) -> None:
+        began.set()
+        if away:
+            raise TransferError("away")
+        assert go_on.wait(30)
+        read.append((folder.name, (folder / "trainer.json").exists()))
+
+    monkeypatch.setattr(checkpoints.remote, "put", put)
+    monkeypatch.setattr(checkpoints.remote, "prune", lambda older: None)
+    most = 0
+    for step in range(1, 8):
+        saved(checkpoints, step, model, optimizer, {})
+        assert began.wait(30)
+        most = max(most, len(list(tmp_path.glob("step-*"))))
+    assert most <= 3
+    assert away or checkpoints.steps() == [1, 6, 7]
+    go_on.set()
+    if away:
+        with pytest.raises(TransferError, match="away"):
+            checkpoints.close()
+    else:
+        checkpoints.close()
+        assert read == [("step-1", True), ("step-6", True), ("step-7", True)]
+    assert checkpoints.steps() == [6, 7]

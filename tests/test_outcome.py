@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.checkpoint import CheckpointError, TransferError
 from wmtp.outcome import BadInput, Progress, Stop, claim, failure, keep_traceback, write_whole
+from wmtp.remote import CheckpointError, TransferError
 
 
 def test_write_whole_leaves_no_temporary_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from wmtp import pretrain
 from wmtp.checkpoint import Checkpoints
-from wmtp.config import Config, Recipe, load_pair
+from wmtp.config import Config, Recipe, Storage, load_pair
 from wmtp.data import Batches, pack
 from wmtp.model import ModelSpec, MTPModel
 from wmtp.optim import adamw
@@ -50,7 +50,7 @@ def batches_of() -> tuple[Batches, torch.Tensor]:
 def trained(folder: Path, held: bool, *sets: str) -> tuple[MTPModel, MTPModel]:
     config, recipe = settings(*sets)
     before, model = model_of(), model_of()
-    shelf = Checkpoints(folder, None, keep_last=1, retries=1, concurrency=1, part_mb=5)
+    shelf = Checkpoints(folder, None, keep_last=1, storage=Storage(retry_wait_s=0))
     batches, score = batches_of()
     other = (batches, score) if held else None
     pretrain.pretrain_value_head(model, batches, score, other, config, recipe, shelf, CPU, STOP, {})

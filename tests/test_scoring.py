@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wmtp.checkpoint import MARKER, Checkpoints
+from wmtp.checkpoint import Checkpoints
+from wmtp.config import Storage
 from wmtp.data import Corpus, Rows, pack, tokenize
 from wmtp.model import ModelSpec, MTPModel, RewardModel
 from wmtp.outcome import Stopped
 from wmtp.ranks import Place
+from wmtp.remote import MARKER
 from wmtp.scoring import (
     FORWARDS,
     Kept,
@@ -85,7 +87,7 @@ def corpus_of(count: int = 60, longest: int = 50, max_length: int = 24, pack_seq
 
 
 def shelf(folder: Path, remote: str | None = None) -> Checkpoints:
-    return Checkpoints(folder, remote, keep_last=1, retries=1, concurrency=1, part_mb=5)
+    return Checkpoints(folder, remote, keep_last=1, storage=Storage(retry_wait_s=0))
 
 
 def lively(model: nn.Module) -> Any:
@@ -333,3 +335,21 @@ def test_the_bucket_keeps_them_for_another_machine(tmp_path: Path, prefix: str) 
     mine = first.load()
     theirs = Kept(shelf(tmp_path / "two", prefix), "reference-x").load()
     assert mine is not None and theirs is not None and torch.equal(mine["train"], theirs["train"])
+
+
+def test_damaged_scores_in_the_bucket_are_told_and_made_again(
+    tmp_path: Path, prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {"train": corpus_of(4).rows}
+    first = Kept(shelf(tmp_path / "one", prefix), "reference-x")
+    score_reference(lively(MTPModel(SPEC)), sets, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    first.shelf.close()
+    file, remote = first.folder / "scores.safetensors", first.shelf.remote
+    assert remote is not None
+    file.write_bytes(b"x" * file.stat().st_size)
+    remote.s5cmd("cp", str(file), f"{prefix}/reference-x/{file.name}")
+    second = Kept(shelf(tmp_path / "two", prefix), "reference-x")
+    assert second.load() is None and "arrived with another content" in capsys.readouterr().err
+    score_reference(lively(MTPModel(SPEC)), sets, second, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    second.shelf.close()
+    assert Kept(shelf(tmp_path / "three", prefix), "reference-x").load() is not None

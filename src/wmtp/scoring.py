@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wmtp.checkpoint import MARKER, CheckpointError, Checkpoints
+from wmtp.checkpoint import Checkpoints
 from wmtp.config import Config, Recipe
 from wmtp.data import Corpus, Piece, Rows, Tokenizer
 from wmtp.model import MTPModel, RewardModel
@@ -32,6 +32,7 @@ from wmtp.objective import make_labels
 from wmtp.outcome import Stop, Stopped, local_path, say
 from wmtp.paths import PathResolver, open_to_all
 from wmtp.ranks import Place
+from wmtp.remote import MARKER, CheckpointError, DamagedError
 from wmtp.scorekey import REFERENCE, kept_name, scorer_of
 from wmtp.sources import Record
 from wmtp.weights import Stored, load_reward_state, load_state, read_spec
@@ -62,7 +63,7 @@ class Kept:
         """`[N, S]` float32 of each set, from disk, else from the bucket; None where they are not kept whole."""
         marker = self.folder / MARKER
         for _ in range(2):
-            if not marker.is_file() and self.shelf.remote:
+            if not marker.is_file():
                 self._fetch()
             if not marker.is_file():
                 return None
@@ -82,27 +83,23 @@ class Kept:
     def bring(self) -> None:
         """Upload what a kill kept from the bucket. Rank 0 only; a bucket that doesn't answer is told, not a failure."""
         try:
-            if self.shelf.remote and not self._in_bucket():
+            if self.shelf.remote and not self.shelf.remote.has(self.name):
                 self.shelf.upload(self.folder)
         except CheckpointError as error:
             say(f"score     warn  whether the bucket has the scores can't be asked: {error}")
 
-    def _in_bucket(self) -> bool:
-        try:
-            self.shelf.s5cmd("ls", f"{self.shelf.remote}/{self.name}/{MARKER}")
-        except CheckpointError as error:
-            if "no object found" in str(error):
-                return False
-            raise
-        return True
-
     def _fetch(self) -> None:
-        if not self._in_bucket():
+        """From the bucket to the disk, proved, where the bucket has them; damaged ones are told, and scored again."""
+        remote, name = self.shelf.remote, self.name
+        if remote is None or not remote.tried(f"whether {remote.prefix} has {name}", lambda: remote.has(name)):
             return
-        target = f"{self.shelf.remote}/{self.name}"
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.shelf.s5cmd("cp", f"{target}/*", f"{self.staging}/")
-        self.shelf.finish(self.staging, self.folder)
+        try:
+            remote.get(name, self.staging)
+        except DamagedError as error:
+            say(f"score     warn  {error}: scored again")
+            remote.disown(name)
+        else:
+            self.shelf.finish(self.staging, self.folder)
 
     def part(self, block: Block) -> Path:
         # Named by what is in it: another start may cut blocks of another size.

@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp import config as settings
-from wmtp.checkpoint import MARKER, Checkpoints, local_bytes
+from wmtp.checkpoint import Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
 from wmtp.early import first_look, then_whole
 from wmtp.evaluation import held_out_ce, mean, show_weights, shown
@@ -63,6 +63,7 @@ from wmtp.pace import Pace
 from wmtp.paths import PathResolver
 from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
+from wmtp.remote import MARKER
 from wmtp.resume import flat, made_of, parts_of, refuse_changes
 from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
@@ -287,9 +288,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             disk / place_of,
             f"{remote}/{place_of}" if remote else None,
             keep_last=config.paths.checkpoints.keep_last,
-            retries=config.storage.retries,
-            concurrency=config.storage.workers,
-            part_mb=config.storage.part_size_mb,
+            storage=config.storage,
         )
         progress.shelves.append(shelf)
         return shelf
@@ -491,7 +490,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "seconds": progress.phases.seconds,
             "weights": {name: value for name, value in figures.items() if name.startswith("w_")},
             "mlflow_run_id": tracker.run_id,
-            "checkpoint": f"{checkpoints.remote or checkpoints.folder}/step-{saved}",
+            "checkpoint": f"{remote or disk}/{name}/step-{saved}",
             "seconds_train": time.monotonic() - stop.began,
         }
         write_whole(args.summary, json.dumps(summary, indent=2) + "\n")
@@ -557,7 +556,7 @@ def main(argv: list[str] | None = None) -> int:
             code = run(args, stop, progress)
         except Stopped as reached:
             code, progress.cause = RESUME_ME, stop.cause or "another rank's signal"
-            progress.close()
+            progress.close(hurry=True)
             if progress.tracker:
                 progress.tracker.finish("KILLED")
             say(f"train     stopped {reached} ({progress.cause}), saved; next: the same command goes on")
