@@ -13,7 +13,7 @@ $(call refuse,ALGO,$(ALGOS))
 $(call refuse,LAUNCHER,$(LAUNCHERS))
 
 # Only what the caller set travels on: each script knows its own defaults.
-export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
+export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
 
 STAMP := .venv/.installed
 
@@ -90,6 +90,10 @@ resume: $(STAMP) ## a new run that goes on from an ended one's checkpoints (RUN_
 .PHONY: watch
 watch: $(STAMP) ## stay with a run and submit it again when it was preempted (RUN_ID=)
 	@scripts/watch.sh
+
+.PHONY: verify-checkpoint
+verify-checkpoint: $(STAMP) ## the restore drill: a run's newest checkpoint from the bucket, proved and read (RUN_ID= STEP=)
+	@scripts/verify_checkpoint.sh
 
 .PHONY: test
 test: $(STAMP) ## pytest and bats, on one embedded bucket
