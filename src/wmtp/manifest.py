@@ -68,9 +68,9 @@ def _digest(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """blake3 of a file's content, 64 hexadecimal digits; other threads run meanwhile."""
-    if path.stat().st_size >= LARGE:
+def hash_file(path: Path, alone: bool = True) -> str:
+    """blake3 of a file's content, 64 hexadecimal digits; other threads run meanwhile. Not ``alone``: on one core."""
+    if alone and path.stat().st_size >= LARGE:
         return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
     hasher = blake3()
     for block in _blocks(path):
@@ -200,14 +200,14 @@ def _listing(data: bytes) -> Manifest:
     return Manifest(raw["name"], files, sum(entry.bytes for entry in files), _digest(data))
 
 
-def create(folder: Path, name: str) -> dict[str, Any]:
+def create(folder: Path, name: str, alone: bool = True) -> dict[str, Any]:
     """The manifest of a folder: links to files are read through, what a manifest may not name is refused."""
     if not NAME.fullmatch(name):
         raise ManifestError(f"name {name!a}: letters, digits, '.', '_' and '-' only")
     files = []
     for path in _walk(folder):
         relative = _check_path(path.relative_to(folder).as_posix())
-        files.append({"path": relative, "bytes": path.stat().st_size, "blake3": hash_file(path)})
+        files.append({"path": relative, "bytes": path.stat().st_size, "blake3": hash_file(path, alone)})
     return {
         "format": 1,
         "name": name,
