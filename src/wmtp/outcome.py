@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -114,15 +115,11 @@ class Progress:
                 shelf.uploads.close(hurry=True, seconds=max(until - time.monotonic(), 0))
 
     def close(self, hurry: bool = False) -> None:
-        """Wait for every upload. Raises the first failure, when all have ended."""
-        problems: list[Exception] = []
-        for shelf in self.shelves:
-            try:
-                shelf.close(hurry)
-            except Exception as error:  # the other shelves have their own to bring
-                problems.append(error)
-        if problems:
-            raise problems[0]
+        """Wait for every upload, all shelves at once. Raises the first failure, when all have ended."""
+        with ThreadPoolExecutor(max(len(self.shelves), 1)) as pool:
+            ended = [pool.submit(shelf.close, hurry) for shelf in self.shelves]
+        for one in ended:
+            one.result()
 
 
 def say(text: str) -> None:

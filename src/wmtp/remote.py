@@ -26,7 +26,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from wmtp.config import Storage
-from wmtp.manifest import COMPLETE, MANIFEST, Entry, ManifestError, create, hash_file, load_manifest
+from wmtp.manifest import COMPLETE, MANIFEST, Entry, ManifestError, create, load_manifest
 
 MARKER = COMPLETE
 LEFTOVER_S = 3600.0  # what has no marker for so long, nobody is just uploading
@@ -280,7 +280,9 @@ def manifest_of(folder: Path) -> tuple[Entry, ...]:
         return load_manifest(final).files
     # Made beside the folder: a half of it would be one of the folder's files.
     half = folder.with_name(f".{folder.name}.{os.getpid()}.{MANIFEST}")
-    half.write_text(json.dumps(create(folder, folder.name), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    half.write_text(
+        json.dumps(create(folder, folder.name, alone=False), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
     half.replace(final)
     return load_manifest(final).files
 
@@ -300,16 +302,11 @@ def expected(folder: Path) -> list[Entry]:
 
 
 def wrong_of(folder: Path, entries: Sequence[Entry]) -> list[Entry]:
-    """Those that are missing, of another size, or of another content where the content is known.
-
-    Hashed on every core: whoever fetches has nothing else to do.
-    """
+    """Those that are missing, of another size, or of another content where the content is known."""
 
     def right(entry: Entry) -> bool:
         path = folder / entry.path
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            return False
-        return not entry.blake3 or hash_file(path) == entry.blake3
+        return path.is_file() and not entry.differs(path)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return [entry for entry, fine in zip(entries, pool.map(right, entries), strict=True) if not fine]
