@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,14 +113,32 @@ def test_a_folder_comes_back_as_it_was(tmp_path: Path, prefix: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] != [] and not list(tmp_path.glob(".*"))
 
 
-def test_what_is_there_is_not_brought_again_and_what_is_other_replaces_it(tmp_path: Path, prefix: str) -> None:
+def recorded(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The client's arguments, call by call."""
+    calls: list[tuple[str, ...]] = []
+    real = bucket.s5cmd
+
+    def call(*arguments: str, lines: Sequence[str] | None = None) -> str:
+        calls.append((*arguments, arguments[-1]))
+        return real(*arguments, lines=lines)
+
+    monkeypatch.setattr(bucket, "s5cmd", call)
+    return calls
+
+
+def test_what_is_there_is_not_brought_again_and_what_is_other_replaces_it(
+    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket, folder = Remote(prefix, STORAGE), folder_of(tmp_path / "a")
     bucket.put(folder)
     before = bucket.listed("*")
     time.sleep(1.1)  # the bucket's clock has seconds
     bucket.put(folder)
     assert bucket.listed("*") == before
+    calls = recorded(bucket, monkeypatch)
     bucket.put(folder_of(tmp_path / "b", content=b"WEIGHTS"))
+    changes = [(verb, Path(last).name) for verb, *_, last in calls if verb in ("rm", "run", "cp")]
+    assert changes == [("rm", MARKER), ("run", "run"), ("cp", MANIFEST), ("cp", MARKER)]
     assert bucket.s5cmd("cat", f"{prefix}/final/sub dir/weights") == "WEIGHTS"
     bucket.get("final", tmp_path / "back")
 
@@ -185,7 +203,10 @@ def test_pruning_keeps_what_is_new_and_clears_what_was_cut_short(
     bucket.put(folder_of(tmp_path))
     for step in (1, 12):
         bucket.s5cmd("rm", f"{prefix}/step-{step}/{MARKER}")
+    calls = recorded(bucket, monkeypatch)
     bucket.prune(lambda steps: steps[:-1])
+    removed = [Path(last).name for verb, *_, last in calls if verb == "rm"]
+    assert removed == [MARKER, MANIFEST, "*"]  # a prune that is cut short leaves nothing that names what is gone
     left = {key.split("/")[0] for key in keys(bucket)}
     assert left == {"step-1", "step-10", "step-12", "final"}  # 1 may be another's upload that is just going on
     monkeypatch.setattr(remote, "LEFTOVER_S", -1)

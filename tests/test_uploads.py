@@ -81,6 +81,19 @@ def test_an_outage_that_does_not_end_is_the_last_word(steps: list[Path]) -> None
     assert ended == [("step-1", False)] * 2
 
 
+def test_what_was_on_its_way_when_the_run_ended_has_a_round_of_its_own(steps: list[Path]) -> None:
+    bucket = Bucket(retries=1)
+    bucket.away = ALL
+    bucket.held.clear()
+    waiting, _ = queue(bucket)
+    waiting.add(steps[1])
+    assert bucket.began.wait(20)
+    threading.Timer(0.1, bucket.held.set).start()
+    with pytest.raises(TransferError, match="away"):
+        waiting.close()
+    assert bucket.tries == ["step-1"] * 2
+
+
 def test_what_failed_is_tried_again_while_the_run_goes_on(steps: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "AGAIN_S", 0.05)
     bucket = Bucket(retries=1)
