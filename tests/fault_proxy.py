@@ -13,9 +13,10 @@ objects with the same names (`fault` is the KIND), and counts anew whenever it i
     rate      `bytes` a second, over all connections together
     call      the shell runs `command`, once, after `bytes` of the first body that has so many; the body waits for it
 
-Each may have `method` (GET), `key` (a pattern of the name in the bucket: `*/weights.bin`), `first` (so many requests)
-and `share` with `seed` (so many of them). A body is the request's in PUT and POST, else the response's. Each request
-leaves a JSON line in the log when it ends: method, key, query, range, status, bytes of body that went on, faults.
+Each may have `method` (503 and rate: any; else GET, since the client asks by HEAD before), `key` (a pattern of the name
+in the bucket: `*/weights.bin`), `first` (so many requests) and `share` with `seed` (so many of them). A body is the
+request's in PUT and POST, else the response's. Each request leaves a JSON line in the log when it ends: method, key,
+query, range, status, bytes of body that went on, faults.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Over(Exception):
 
 class Fault:
     def __init__(self, fault: str, **more: Any) -> None:
-        self.kind, self.method, self.key = fault, more.pop("method", "*"), more.pop("key", "*")
+        self.kind, self.key = fault, more.pop("key", "*")
+        self.method = more.pop("method", "*" if fault in ("503", "rate") else "GET")
         self.left = int(more.pop("first", 1 if fault == "call" else -1))
         self.share, self.random = float(more.pop("share", 1)), random.Random(int(more.pop("seed", 0)))
         self.bytes, self.seconds = int(more.pop("bytes", 0)), float(more.pop("seconds", 0)) or None
