@@ -72,6 +72,9 @@ def plan(
     another version in ``store`` or of the folder ``also``.
     """
     files, parts = staging / "files", staging / "part"
+    for folder in (staging, files, parts):
+        if folder.is_symlink():  # what is written here would lie elsewhere
+            folder.unlink()
     parts.mkdir(parents=True, exist_ok=True)
     files.mkdir(exist_ok=True)
     known = {entry.path for entry in manifest.files}
