@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from wmtp import config as settings
 from wmtp import memory, preflight_torch, twin
+from wmtp.bucket import client_of
 from wmtp.headers import Folder
+from wmtp.manifest import create
 from wmtp.memory import GIB, Peak
 from wmtp.model import ModelSpec
 from wmtp.preflight import FAIL, NOT, OK, WARN, Finding
@@ -25,6 +29,9 @@ VESSL = str(ROOT / "configs/config.vessl.yaml")
 BASELINE, CRITIC = (str(ROOT / f"configs/recipe.{algo}.yaml") for algo in ("baseline_mtp", "critic_wmtp"))
 SPEC = ModelSpec("hf", 4, 64, 1, 4, 4, 128, 512)
 TEXTS = [f"def f{n}(x):\n    return x + {n}" for n in range(300)]
+
+
+OFFLINE = Models(True, Path("/nowhere"))
 
 
 def pair(recipe: str = BASELINE, *sets: str) -> tuple[settings.Config, settings.Recipe]:
@@ -187,7 +194,7 @@ def data_of(tmp_path: Path, train: list[str], held: list[str], verbose: bool = F
     config, recipe = pair(BASELINE, "data.train.max_length=64", *sets)
     uris = {"wmtp_code": source(tmp_path / "train", train), "mbpp_tiny": source(tmp_path / "held", held)}
     config = with_data(config, uris)
-    return {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, verbose)}
+    return {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, verbose, OFFLINE)}
 
 
 def test_data_is_counted(tmp_path: Path) -> None:
@@ -209,14 +216,14 @@ def test_layouts_what_is_passed_over_and_the_split_are_told(tmp_path: Path) -> N
     tokenizer = preflight_torch.load_tokenizer(model_of(tmp_path / "t", TEXTS).source.small())  # type: ignore[union-attr]
     config, recipe = pair(BASELINE, "data.eval.sources=[]", "data.eval.share=0.25")
     config = with_data(config, {"wmtp_code": f"file://{tmp_path}/train"})
-    found = {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, False)}
+    found = {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, False, OFFLINE)}
     told = found["data wmtp_code"].detail
     assert "300 prompt and solution" in told and "1 without a solution in Python, passed over" in told
     held = int(found["data split"].detail.split(" ")[0])
     assert 40 < held < 110 and f"{held} documents" in found["data.eval"].detail
     assert f"{300 - held} documents" in found["data.train"].detail
     _, recipe = pair(BASELINE, "data.eval.sources=[]", "data.eval.share=1e-9")
-    failed = [f for f in preflight_torch.check_data(config, recipe, tokenizer, False) if f.verdict == FAIL]
+    failed = [f for f in preflight_torch.check_data(config, recipe, tokenizer, False, OFFLINE) if f.verdict == FAIL]
     assert [f.subject for f in failed] == ["data.train"] and "holds out none" in failed[0].detail and failed[0].next
 
 
@@ -228,12 +235,14 @@ def test_human_eval_to_train_on_is_refused_as_the_trainer_does(tmp_path: Path) -
         (tmp_path / name / "a.jsonl").write_text(json.dumps(task))
         uris[name] = f"file://{tmp_path / name}"
     config, recipe = pair(BASELINE)
-    found = [f for f in preflight_torch.check_data(with_data(config, uris), recipe, None, False) if f.verdict == FAIL]
+    findings = preflight_torch.check_data(with_data(config, uris), recipe, None, False, OFFLINE)
+    found = [f for f in findings if f.verdict == FAIL]
     assert [f.subject for f in found] == ["data wmtp_code"]
     assert "data.train.sources: wmtp_code" in found[0].detail and found[0].rule
     assert "allow_evaluation_data" in found[0].next
     _, recipe = pair(BASELINE, "data.train.allow_evaluation_data=true")
-    assert all(f.verdict != FAIL for f in preflight_torch.check_data(with_data(config, uris), recipe, None, False))
+    findings = preflight_torch.check_data(with_data(config, uris), recipe, None, False, OFFLINE)
+    assert all(f.verdict != FAIL for f in findings)
 
 
 def test_data_of_less_than_a_step_and_of_nothing(tmp_path: Path) -> None:
@@ -261,19 +270,38 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, told: str) -> None:
     with (tmp_path / "train" / "a.jsonl").open("a") as file:
         file.write(line + "\n")
     config = with_data(config, uris)
-    found = [f for f in preflight_torch.check_data(config, recipe, None, False) if f.verdict == FAIL]
+    found = [f for f in preflight_torch.check_data(config, recipe, None, False, OFFLINE) if f.verdict == FAIL]
     assert len(found) == 1 and "wmtp_code/a.jsonl:301" in found[0].detail and told in found[0].detail and found[0].next
 
 
-@pytest.mark.parametrize(
-    "uri", ["s3://wmtp/data", "file:///app/datasets/not_here", "file:///app/data/mine", "file:///elsewhere"]
-)
+@pytest.mark.parametrize("uri", ["file:///app/datasets/not_here", "file:///app/data/mine", "file:///elsewhere"])
 def test_data_that_the_image_does_not_have(tmp_path: Path, uri: str) -> None:
     config, recipe = pair()
     config = with_data(config, {"wmtp_code": uri, "mbpp_tiny": "file:///app/datasets/mbpp_tiny"}, "vessl")
-    found = {f.subject: f for f in preflight_torch.check_data(config, recipe, None, False)}
+    found = {f.subject: f for f in preflight_torch.check_data(config, recipe, None, False, OFFLINE)}
     assert found["data wmtp_code"].verdict == FAIL and uri in found["data wmtp_code"].detail
     assert found["data mbpp_tiny"].verdict == OK
+
+
+def test_data_in_the_bucket_are_published_or_refused(tmp_path: Path, prefix: str) -> None:
+    bucket = os.environ["S3_BUCKET_NAME"]
+    uri, client = f"{prefix}/data", client_of(os.environ["S3_ENDPOINT_URL"], "eu-north-1")
+    config, recipe = pair()
+    config = with_data(config, {"wmtp_code": uri, "mbpp_tiny": "file:///app/datasets/mbpp_tiny"}, "vessl")
+
+    def found(models: Models) -> Any:
+        findings = preflight_torch.check_data(config, recipe, None, False, models)
+        return next(f for f in findings if f.subject == "data wmtp_code")
+
+    assert (found(OFFLINE).verdict, "--offline" in found(OFFLINE).detail) == (NOT, True)
+    absent = found(Models(False, tmp_path / "a"))
+    assert absent.verdict == FAIL and uri in absent.detail and "publish" in absent.next
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.jsonl").write_text('{"text": "x"}\n')
+    manifest = json.dumps(create(tmp_path / "d", "data")).encode()
+    client.put_object(Bucket=bucket, Key=f"{uri.split('/', 3)[3]}/manifest.json", Body=manifest)
+    there = found(Models(False, tmp_path / "b"))
+    assert there.verdict == NOT and "1 files" in there.detail and "published" in there.detail
 
 
 def test_a_large_corpus_is_sampled_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

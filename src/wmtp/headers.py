@@ -65,10 +65,11 @@ class Folder:
 
 
 class Bucket:
-    """A model under ``s3://BUCKET/models/NAME/``. ``into`` keeps its small files."""
+    """A model under ``s3://BUCKET/PREFIX/`` (default ``models/NAME``). ``into`` keeps its small files."""
 
-    def __init__(self, client: Any, bucket: str, model: str, into: Path) -> None:
-        self.client, self.bucket, self.prefix, self.into = client, bucket, f"models/{model}/", into
+    def __init__(self, client: Any, bucket: str, model: str, into: Path, prefix: str | None = None) -> None:
+        self.client, self.bucket, self.into = client, bucket, into
+        self.prefix = f"{prefix or f'models/{model}'}/"
         self.name, self.bytes_read = f"s3://{bucket}/{self.prefix}", 0
         self.sizes: dict[str, int] = {}
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=self.prefix)

@@ -25,7 +25,7 @@ from wmtp.checkpoint import Checkpoints
 from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
-from wmtp.paths import PathResolver, synced
+from wmtp.paths import PathResolver
 from wmtp.remote import MARKER, CheckpointError, TransferError
 from wmtp.tracking import Tracker
 from wmtp.watch import Watch
@@ -130,10 +130,7 @@ def say(text: str) -> None:
 
 def local_path(uri: str, what: str) -> Path:
     """The folder that ``uri`` stands for; it must be there. A synced one is held: no eviction takes it from us."""
-    kind, path = PathResolver().resolve(uri)
-    if kind != "file":
-        path = PathResolver().resolve(synced(uri, what))[1]
-    folder = Path(path)
+    folder = Path(PathResolver().local(uri, what))
     if not folder.is_dir():
         raise BadInput(
             f"{what}: {folder} is not there; rule: models and data are on the disk before training; "

@@ -70,6 +70,11 @@ class PathResolver:
             return kind, posixpath.normpath(f"{repository_root()}/{path}")
         return kind, self._moved(path)
 
+    def local(self, uri: str, what: str) -> str:
+        """The absolute path at which a model or dataset (``what``: its key) is read: an `s3://` one is synced there."""
+        kind, path = self.resolve(uri)
+        return path if kind == "file" else self.resolve(synced(uri, what))[1]
+
     def resolve_tracking(self, uri: str) -> str:
         """A tracking URI with `/app` moved likewise; `http(s)://` and `s3://` stay as they are."""
         if uri.startswith("file://"):

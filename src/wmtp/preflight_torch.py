@@ -137,12 +137,33 @@ class Models:
             return local
         if not self.why:
             try:
-                endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
-                client = client_of(endpoint, config.storage.region)
-                return Model(name, Bucket(client, config.storage.bucket, name, self.into / name), spec, "in the bucket")
+                return Model(name, self._bucket(config, uri), spec, "in the bucket")
             except BucketError as error:
                 self.why, self.no = str(error), self.refusal(error)
         return local or Model(name, None, spec, f"configs/shapes/{name}", self.why)
+
+    def _bucket(self, config: settings.Config, uri: str) -> Bucket:
+        endpoint = os.environ.get("S3_ENDPOINT_URL") or config.storage.endpoint
+        client, name = client_of(endpoint, config.storage.region), Path(uri).name
+        if not uri.startswith("s3://"):
+            return Bucket(client, config.storage.bucket, name, self.into / name)
+        bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+        return Bucket(client, bucket, name, self.into / f"s3-{name}", prefix)
+
+    def dataset(self, config: settings.Config, uri: str, subject: str) -> Finding:
+        """Of data that the sync brings: whether they are published; their records are read on the node."""
+        if not self.why:
+            try:
+                manifest = self._bucket(config, uri).manifest()
+                assert manifest
+                told = f"{len(manifest.files)} files, {manifest.total_bytes / 1e6:.1f} MB, published; read on the node"
+                return Finding(5, NOT, subject, f"{uri}: {told}")
+            except ModelError as error:
+                cure = "make publish-models FROM=dir AS=datasets"
+                return Finding(5, FAIL, subject, error.what, cure, "data in a bucket have a manifest, as models have")
+            except BucketError as error:
+                self.why, self.no = str(error), self.refusal(error)
+        return Finding(5, NOT, subject, f"{uri}: {self.why}")
 
 
 def check_shapes(recipe: settings.Recipe, models: dict[str, Model]) -> Iterator[Finding]:
@@ -234,7 +255,7 @@ def _added(vocabularies: list[Vocabulary]) -> str:
 
 
 def check_data(
-    config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer | None, verbose: bool
+    config: settings.Config, recipe: settings.Recipe, tokenizer: Tokenizer | None, verbose: bool, models: Models
 ) -> Iterator[Finding]:
     """What the recipe's sources give: layouts, records, the split, lengths, rows, steps."""
     texts: dict[str, list[str]] = {}
@@ -242,6 +263,10 @@ def check_data(
     for part, layout in (("eval", recipe.data.eval), ("train", recipe.data.train)):
         texts[part] = []
         for name in layout.sources:
+            if (uri := config.paths.datasets.get(name, "")).startswith("s3://"):
+                yield models.dataset(config, uri, f"data {name}")
+                whole = False
+                continue
             found = yield from _source(config, name, part == "eval" or recipe.data.train.allow_evaluation_data)
             whole = whole and found is not None
             texts[part] += found or []
@@ -296,14 +321,9 @@ def _source(config: settings.Config, name: str, evaluation: bool) -> Generator[F
         return None
     folder = _folder_of(config, uri)
     rule = "the image has the checkout's datasets/, and the trainer reads folders"
-    if config.launcher.target != "local":
-        if folder is None:
-            yield Finding(
-                5, FAIL, subject, f"{uri} is not in the image", f"cp -r … datasets/, file:///app/datasets/{name}", rule
-            )
-            return None
-    elif uri.startswith("s3://"):
-        yield Finding(5, FAIL, subject, f"{uri} is no folder", f"fetch it: file:///app/datasets/{name}", rule)
+    if config.launcher.target != "local" and folder is None:
+        following = f"cp -r … datasets/, file:///app/datasets/{name}"
+        yield Finding(5, FAIL, subject, f"{uri} is not in the image", following, rule)
         return None
     if folder is None:
         yield Finding(5, NOT, subject, f"{uri} is not on this machine")
@@ -533,7 +553,7 @@ def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only
     if only & {"tokenizers", "data"} and whole:
         yield from guarded("tokenizers", tokenizers)
     if "data" in only:
-        yield from guarded("data", lambda: check_data(config, recipe, tokenizer[0], args.verbose))
+        yield from guarded("data", lambda: check_data(config, recipe, tokenizer[0], args.verbose, models))
     if "twin" in only:
         yield from guarded("twin", lambda: iter([twin_finding(args, recipe_file)]))
     if asked:

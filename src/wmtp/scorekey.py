@@ -21,7 +21,7 @@ from typing import Any
 from wmtp import config as settings
 from wmtp.manifest import MANIFEST, Entry, ManifestError, create, hash_file, load_manifest
 from wmtp.paths import PathResolver
-from wmtp.sources import DataError, parts_of
+from wmtp.sources import RECORD_FILES, DataError, parts_of
 
 FORMAT = 1
 REFERENCE, REWARD = "reference", "reward"
@@ -80,11 +80,20 @@ def tokenizer_digest(folder: Path, manifests: Path | None, name: str, coming: bo
     raise FileNotFoundError(f"{name}: no {' or '.join(TOKENIZERS)}")
 
 
-def data_digests(config: settings.Config, sources: Sequence[str]) -> list[str]:
+def data_digests(config: settings.Config, sources: Sequence[str], manifests: Path | None, coming: bool) -> list[str]:
     """blake3 of each file of the sources, in the order in which they are read."""
     found = []
     for source in sources:
-        folder = Path(PathResolver().resolve(config.paths.datasets[source])[1])
+        uri = config.paths.datasets[source]
+        folder = Path(PathResolver().local(uri, f"paths.datasets.{source}"))
+        kept = manifests / f"dataset:{folder.name}.json" if manifests else None
+        if coming and uri.startswith("s3://") and kept and kept.is_file():
+            names = {e.path: e.blake3 for e in load_manifest(kept).files if "/" not in e.path}
+            records = sorted(name for name in names if name.endswith(RECORD_FILES))
+            if records:  # what `parts_of` finds in the folder that comes
+                before = {".jsonl": "", ".parquet": "parquet:"}
+                found += [before[Path(name).suffix] + names[name] for name in records]
+                continue
         found += [digest for part in parts_of(folder) for digest in part.digests()]
     return found
 
@@ -98,7 +107,7 @@ def ingredients(
     kind, role = scorer
 
     def model(role: str) -> tuple[Path, Path | None, str, bool]:
-        path = PathResolver().resolve(getattr(config.paths.models, role))[1]
+        path = PathResolver().local(getattr(config.paths.models, role), "paths.models")
         return Path(path), manifests, path.rstrip("/").rpartition("/")[2], coming
 
     return {
@@ -107,7 +116,7 @@ def ingredients(
         "scorer": sorted((entry.path, entry.bytes, entry.blake3) for entry in files_of(*model(role))),
         "tokenizer": tokenizer_digest(*model("base")),
         "data": [
-            [data_digests(config, part.sources), part.max_length, part.pack_sequences]
+            [data_digests(config, part.sources, manifests, coming), part.max_length, part.pack_sequences]
             for part in (recipe.data.train, recipe.data.eval)
         ],
         # Only where it is set: scores that were kept before there was a split keep their names.
