@@ -78,7 +78,7 @@ environment() {
 
 # begin_training: one rank per GPU under torchrun, alone for test; `early` is its process. It starts when the models are
 # here, or when they are not after $EARLY seconds: what it does before it needs them is then done beside the sync.
-EARLY=3
+EARLY=${WMTP_EARLY_S:-3} # benchmarks/startup.py sets it
 begin_training() {
   exit_file=$app/logs/$RUN_NAME/exit.json summary=$app/logs/$RUN_NAME/summary.json here=$app/logs/$RUN_NAME/.models
   first=$app/logs/$RUN_NAME/.first
