@@ -165,6 +165,7 @@ refused() { [[ ! -L $WMTP_APP_ROOT/models/$name && ! -e $WMTP_APP_ROOT/models/$n
   make_shards 4 900000
   between rate:bytes=1000000
   run -0 --separate-stderr sync
+  struck rate
   same_model
   [[ $stderr != *'no byte'* && $(fetched shard-1.bin) == 1 && $(fetched shard-4.bin) == 1 ]]
 }

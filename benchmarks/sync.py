@@ -150,9 +150,14 @@ class Bench:
         return found
 
 
+def short(value: float) -> str:
+    """Three digits that count."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def median(values: list[float]) -> str:
     middle, low, high = ratio(values, [1.0] * len(values))
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    return f"{short(middle)} ({short(low)} to {short(high)})"
 
 
 def compare(title: str, found: Mapping[str, list[Run]], total: int, files: int) -> None:
@@ -167,8 +172,8 @@ def compare(title: str, found: Mapping[str, list[Run]], total: int, files: int) 
             statistics.median(getattr(one, what) for one in runs) for what in ("seconds", "cpu", "busy", "waits")
         )
         print(
-            f"| {way} | {median(seconds)} | {total / took / 1e6:.0f} | {took / files * 1e3:.3g} "
-            f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {cpu / total * 1e9:.3g} | {busy:.2f} | {waits:.2f} |",
+            f"| {way} | {median(seconds)} | {total / took / 1e6:.0f} | {short(took / files * 1e3)} "
+            f"| {middle:.3f} ({low:.3f} to {high:.3f}) | {short(cpu / total * 1e9)} | {busy:.2f} | {waits:.2f} |",
             flush=True,
         )
 
