@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"ENV_MODE": "minitest", "WMTP_ALGO": "baseline-mtp", "LAUNCHER": "local", "RUN_NAME": "start"}
 SETTINGS = (
     "paths.datasets.wmtp_code=file:///app/datasets/text data.eval.sources=[] train.max_steps=1 "
-    "paths.checkpoints.save_interval=1 paths.checkpoints.base_path=file:///app/checkpoints paths.checkpoints.save_final=false"
+    "paths.checkpoints.save_interval=1 paths.checkpoints.base_path=file:///app/checkpoints "
+    "paths.checkpoints.save_final=false"
 )
 
 
