@@ -80,7 +80,7 @@ main() {
   if [[ $LAUNCHER != local ]]; then
     log minitest "test models to the bucket, then the same on $LAUNCHER"
     python "$ROOT/tests/test_models/generate.py" >&2
-    "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama >&2
+    "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" --force test-llama-mtp test-rm-llama test-llama >&2
     exec "$ROOT/scripts/deploy.sh"
   fi
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then
@@ -106,7 +106,7 @@ main() {
   make_app
   watch_signals
   stage models python "$ROOT/tests/test_models/generate.py"
-  stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" test-llama-mtp test-rm-llama test-llama
+  stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" --force test-llama-mtp test-rm-llama test-llama
   # What needs torch, the twin included, is about to be done for real.
   ONLY=${ONLY:-1,2,3,devices,reward} stage dryrun "$ROOT/scripts/test_vessl_config.sh"
   stage startup "$ROOT/docker/vessl_startup.sh"

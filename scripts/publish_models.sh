@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Usage: scripts/publish_models.sh --from DIR [--force] [NAME…]
-# Uploads the model folders DIR/NAME (default: every folder in DIR) to s3://$S3_BUCKET_NAME/models/NAME/, manifest.json
-# last: a model without one is not published. What is published already, with the same content, is left alone; --force
-# uploads it again. DRY_RUN=1 shows what would be uploaded.
-# Environment: S3_BUCKET_NAME S3_ENDPOINT_URL AWS_*
-# Standard output: NAME<TAB>digest of the manifest, one line a model.
-# Exit codes: 0 done, 2 bad arguments, 3 tool or credential, 11 the bucket does not answer, 12 upload failed,
-#   13 a folder holds what can't be published.
+# Usage: scripts/publish_models.sh --from DIR [--as models|datasets] [--force] [NAME…]
+# Publishes the folders DIR/NAME (default: every folder in DIR) as s3://$S3_BUCKET_NAME/models/NAME/ (or datasets/NAME/):
+# the files first, hashed beside the upload; manifest.json last, when each object is proved to be there. What is published
+# with the same content is left alone. Another version is refused; --force replaces it: its manifest goes first, only
+# what differs is uploaded, what the new manifest doesn't name is removed. What an interrupted publish left is used as far
+# as it is proved. One publisher a name: models/NAME/.publishing says who.
+# DRY_RUN=1 prints NAME<TAB>upload|replace|keep|remove<TAB>BYTES<TAB>PATH and changes nothing.
+# Environment: S3_BUCKET_NAME S3_ENDPOINT_URL AWS_*; WMTP_STORAGE_RETRIES (3 tries), WMTP_STORAGE_RETRY_WAIT_S (10 apart),
+#   WMTP_STORAGE_STALL_S (30 without a byte end a try), WMTP_STORAGE_PART_MB (100 in one piece)
+# Standard output: NAME<TAB>digest of the manifest, one line a folder.
+# Exit codes: 0 done, 1 another publisher has the name, 2 bad arguments, 3 tool or credential, 11 the bucket does not
+#   answer, 12 upload failed after its tries, 13 another version is published, what can't be published, or it changed.
 set -Eeuo pipefail
 shopt -s inherit_errexit
 STAGE=publish
@@ -14,67 +18,110 @@ STAGE=publish
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/store.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/store.bash"
+# shellcheck source=scripts/lib/claim.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/claim.bash"
+# shellcheck source=scripts/lib/publish.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/publish.bash"
 
-TEMP=''
+TEMP='' WORK='' FROM='' NAME='' PREFIX='' KIND=models FORCE=0
+RETRIES=${WMTP_STORAGE_RETRIES:-3} WAIT=${WMTP_STORAGE_RETRY_WAIT_S:-10}
+STALL=${WMTP_STORAGE_STALL_S:-30} PART_MB=${WMTP_STORAGE_PART_MB:-100}
 
-upload() { setpriv --pdeathsig KILL "$S5CMD" --log error --retry-count 3 "$@" >&2; }
+cleanup() {
+  local pid
+  trap '' TERM INT
+  for pid in $CLIENT $HASHER; do kill -KILL "$pid" 2>/dev/null || true; done
+  release
+  if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
+}
+
+use() { NAME=$1 WORK=$TEMP/$1 PREFIX=s3://$S3_BUCKET_NAME/$KIND/$1; }
 
 publish() {
-  local name=$1 from=$2 force=$3 prefix digest files bytes began=$SECONDS
-  prefix=$(prefix_of "$name")
-  python -m wmtp.manifest create "$from/$name" --name "$name" >"$TEMP/new.json" || exit
-  if fetch_manifest "$name" "$TEMP/old.json"; then
-    if ((! force)) && python -m wmtp.manifest same "$TEMP/new.json" "$TEMP/old.json" 2>/dev/null; then
-      digest=$(python -m wmtp.manifest digest "$TEMP/old.json")
-      log publish "$name is already published with this content (${digest:0:12})"
-      printf '%s\t%s\n' "$name" "$digest"
+  local began=$SECONDS
+  use "$1"
+  if judge; then
+    if [[ ${DRY_RUN:-} == 1 ]]; then
+      prove rehearse
       return
     fi
-    # While files change under it, the model is not a published one.
-    act upload rm "$prefix/manifest.json" || die 12 "$name: the old manifest can't be removed" '' 'may this key write?'
+    claim "$FORCE"
+    # Looked at again: now nobody else changes it.
+    if judge; then
+      # While files change under it, the model is not a published one.
+      if [[ $VERDICT == other ]]; then
+        act client rm "$PREFIX/manifest.json" >/dev/null || die 12 "$NAME: the old manifest can't be removed: $(client_said)" '' 'may this key write?'
+      fi
+      log publish "$NAME: $(awk -F ', ' '{s += $(NF - 2)} END {printf "%d files, %.1f MB", NR, s / 1e6}' "$WORK/facts") to $PREFIX"
+      upload
+      if ((STRAYS)); then abort_strays; fi
+    fi
+    if [[ $VERDICT != same && $VERDICT != mend ]]; then
+      remove_unnamed
+      prove seal >"$WORK/digest" || exit
+      ours || lost
+      act put_if manifest.json "$WORK/new.json" --if-none-match '*' || lost
+      WAS=$(<"$WORK/digest")
+    fi
+    release
+    log publish "$NAME ok: ${WAS:0:12}, $((SECONDS - began)) s"
   fi
-  read -r _ files bytes < <(python -m wmtp.manifest check "$TEMP/new.json")
-  python -m wmtp.manifest list "$TEMP/new.json" "$from/$name" --prefix "$prefix" >"$TEMP/commands"
-  log publish "$name: $files files, $((bytes / 1000000)) MB to $prefix"
-  act upload run "$TEMP/commands" ||
-    die 12 "$name: the upload failed" 'a model is published only when every file is there' 'see the lines above, then again'
-  act upload cp "$TEMP/new.json" "$prefix/manifest.json" || die 12 "$name: manifest.json could not be uploaded" '' 'again'
-  digest=$(python -m wmtp.manifest digest "$TEMP/new.json")
-  log publish "$name ok: ${digest:0:12}, $((SECONDS - began)) s"
-  printf '%s\t%s\n' "$name" "$digest"
+  printf '%s\t%s\n' "$NAME" "$WAS"
+}
+
+# all_folders: what --from holds; a folder that is a model itself is not a folder of models.
+all_folders() {
+  local folder mark
+  for mark in "$FROM"/config.json "$FROM"/params.json "$FROM"/*.jsonl "$FROM"/*.parquet; do
+    [[ ! -f $mark ]] || die 2 "$FROM is itself a model or a dataset (${mark##*/})" '--from names the folder that holds the folders' \
+      "make publish-models FROM=$(printf '%q' "$(dirname "$FROM")") NAMES=$(printf '%q' "${FROM##*/}")"
+  done
+  for folder in "$FROM"/*/; do
+    folder=${folder%/}
+    if [[ ${folder##*/} != '*' && ${folder##*/} != __* ]]; then names+=("${folder##*/}"); fi
+  done
+  ((${#names[@]})) || die 2 "$FROM holds no model folder" 'a model is a folder in it' 'name another with --from'
 }
 
 main() {
-  local from='' force=0 name
+  local name bad=0
   local -a names=()
   while (($#)); do
     case $1 in
       -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
-      --from) from=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
-      --force) force=1 && shift ;;
-      -*) die 2 "$1: not known" 'the options are --from and --force' 'scripts/publish_models.sh --help' ;;
+      --from) FROM=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
+      --as) KIND=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
+      --force) FORCE=1 && shift ;;
+      -*) die 2 "$1: not known" 'the options are --from, --as and --force' 'scripts/publish_models.sh --help' ;;
       *) names+=("$1") && shift ;;
     esac
   done
-  [[ -n $from ]] || die 2 'no folder to publish from' '--from DIR' 'make publish-models FROM=tests/test_models'
-  [[ -d $from ]] || die 2 "$from is not a folder" '--from names the folder that holds the model folders' 'name another'
-  from=$(cd "$from" && pwd)
-  if ((${#names[@]} == 0)); then
-    for name in "$from"/*/; do
-      name=${name%/}
-      if [[ ${name##*/} != '*' && ${name##*/} != __* ]]; then names+=("${name##*/}"); fi
-    done
-    ((${#names[@]})) || die 2 "$from holds no model folder" 'a model is a folder in it' 'name another with --from'
-  fi
+  [[ -n $FROM ]] || die 2 'no folder to publish from' '--from DIR' 'make publish-models FROM=tests/test_models'
+  [[ -d $FROM ]] || die 2 "$FROM is not a folder" '--from names the folder that holds the model folders' 'name another'
+  [[ $KIND == models || $KIND == datasets ]] || die 2 "--as '$KIND'" 'models or datasets' 'scripts/publish_models.sh --help'
+  [[ $RETRIES =~ ^[1-9][0-9]?$ && $WAIT =~ ^[0-9]{1,4}$ && $STALL =~ ^[1-9][0-9]{0,4}$ && $PART_MB =~ ^([5-9]|[1-9][0-9]{1,3})$ ]] ||
+    die 2 "tries '$RETRIES', wait '$WAIT', stall '$STALL', part '$PART_MB'" 'tries are 1 to 99; seconds; 5 MB or more' 'mend WMTP_STORAGE_*'
+  FROM=$(cd "$FROM" && pwd)
+  ((${#names[@]})) || all_folders
   for name in "${names[@]}"; do
     check_name "$name"
-    [[ -d $from/$name ]] || die 2 "$from/$name is not a folder" 'a NAME is a folder in the one that --from names' "ls '$from'"
+    [[ -d $FROM/$name ]] || die 2 "$FROM/$name is not a folder" 'a NAME is a folder in the one that --from names' "ls '$FROM'"
   done
   store_environment
+  need_cmd setpriv 'Linux: apt-get install util-linux'
   TEMP=$(mktemp -d)
-  trap 'rm -rf -- "$TEMP"' EXIT
-  log publish "${#names[@]} models from $from to $(prefix_of '')"
-  for name in "${names[@]}"; do publish "$name" "$from" "$force"; done
+  trap cleanup EXIT
+  trap 'exit 143' TERM
+  trap 'exit 130' INT
+  log publish "${#names[@]} $KIND from $FROM to s3://$S3_BUCKET_NAME/$KIND"
+  # What can't be published is known, all of it, before anything is uploaded.
+  for name in "${names[@]}"; do
+    use "$name"
+    mkdir "$WORK"
+    prove survey || bad=$?
+  done
+  ((bad == 0)) || exit "$bad"
+  for name in "${names[@]}"; do publish "$name"; done
   log publish "done in $SECONDS s"
 }
 

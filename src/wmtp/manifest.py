@@ -26,6 +26,8 @@ MAX_FILES = 100_000
 MAX_BYTES = 64 * 2**20
 MANIFEST = "manifest.json"
 COMPLETE = ".complete"
+CLAIM = ".publishing"
+"""The object that says who is publishing a name."""
 LISTING = "listing"
 """The folder of what was listed in a bucket without manifests; `load_manifest` reads it as such, and nothing else."""
 LARGE = 256 * 2**20  # bytes from which a file is hashed by all cores: nothing else is left to do beside it
@@ -202,13 +204,16 @@ def _listing(data: bytes) -> Manifest:
 
 def create(folder: Path, name: str, alone: bool = True) -> dict[str, Any]:
     """The manifest of a folder: links to files are read through, what a manifest may not name is refused."""
-    if not NAME.fullmatch(name):
-        raise ManifestError(f"name {name!a}: letters, digits, '.', '_' and '-' only")
-    files = []
-    for path in _walk(folder):
-        relative = _check_path(path.relative_to(folder).as_posix())
-        files.append({"path": relative, "bytes": path.stat().st_size, "blake3": hash_file(path, alone)})
-    return {
+    files = [
+        {"path": relative, "bytes": path.stat().st_size, "blake3": hash_file(path, alone)}
+        for relative, path in walk(folder).items()
+    ]
+    return document(name, files)
+
+
+def document(name: str, files: list[dict[str, Any]]) -> dict[str, Any]:
+    """A manifest of these files that `load_manifest` takes, or the refusal."""
+    made = {
         "format": 1,
         "name": name,
         "files": files,
@@ -216,19 +221,33 @@ def create(folder: Path, name: str, alone: bool = True) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "tool": "wmtp",
     }
+    _checked(written(made))
+    return made
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
+def written(made: dict[str, Any]) -> bytes:
+    """The bytes of a manifest as they are published."""
+    return (json.dumps(made, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def walk(folder: Path) -> dict[str, Path]:
+    """The files that a publisher sends, by their path in the manifest; all that can't be sent is named at once."""
+    found, refused = {}, []
     for path in sorted(folder.rglob("*")):
-        if path.parent == folder and path.name in (MANIFEST, COMPLETE):
+        relative = path.relative_to(folder).as_posix()
+        if relative in (MANIFEST, COMPLETE) or (path.is_dir() and not path.is_symlink()):
             continue
-        if path.is_symlink() and not path.is_file():
-            raise ManifestError(f"{path}: a link that is no file's; only files can be published")
-        if path.is_file():
-            found.append(path)
-        elif not path.is_dir():
-            raise ManifestError(f"{path}: neither a file nor a folder")
+        try:
+            if not path.is_file():
+                kind = "a link that is no file's" if path.is_symlink() else "neither a file nor a folder"
+                raise ManifestError(f"{relative!a}: {kind}; only files can be published")
+            if relative == CLAIM:
+                raise ManifestError(f"path {relative!a}: the name is reserved")
+            found[_check_path(relative)] = path
+        except ManifestError as error:
+            refused.append(str(error))
+    if refused:
+        raise ManifestError("\n".join(refused))
     return found
 
 
@@ -288,13 +307,11 @@ def _arguments() -> argparse.ArgumentParser:
     for name, text in (
         ("check", "refuses a hostile manifest; prints name, files and bytes"),
         ("digest", "the digest that names this version"),
-        ("list", "commands for the client that publishes the folder"),
         ("plan", "clears staging; prints how many files and bytes are lacking; with --commands the client's file"),
         ("accept", "the client's JSON lines in, files out; prints how many files and bytes are lacking"),
         ("first", "settings and tokenizer, for those who wait: the client's commands, then with --accept the files"),
         ("finish", "staging becomes the model"),
         ("verify", "a finished folder against its manifest"),
-        ("same", "whether two manifests describe the same content"),
     ):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("manifest", type=Path)
@@ -304,7 +321,7 @@ def _arguments() -> argparse.ArgumentParser:
             verb.add_argument("--commands", type=Path, help="file for the client's commands")
             verb.add_argument("--store", type=Path, help="other versions' files of the same content are used again")
             verb.add_argument("--also", type=Path, help="a folder that has some of the files")
-        if name in ("plan", "list", "first"):
+        if name in ("plan", "first"):
             verb.add_argument("--prefix", help="s3://BUCKET/models/NAME")
             verb.add_argument("--options", default="", help="options of each copy")
         if name == "accept":
@@ -324,23 +341,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "create":
         if not arguments.folder.is_dir():
             raise ManifestError(f"{arguments.folder} is not a folder")
-        made = json.dumps(create(arguments.folder, arguments.name), ensure_ascii=False, indent=1) + "\n"
-        _checked(made.encode())
-        sys.stdout.buffer.write(made.encode())
+        sys.stdout.buffer.write(written(create(arguments.folder, arguments.name)))
         return 0
     manifest = load_manifest(arguments.manifest)
     if arguments.verb == "check":
         print(manifest.name, len(manifest.files), manifest.total_bytes, sep="\t")
     elif arguments.verb == "digest":
         print(manifest.digest)
-    elif arguments.verb == "same":
-        other = load_manifest(arguments.folder)
-        mine, theirs = ((m.name, sorted(m.files, key=lambda e: e.path)) for m in (manifest, other))
-        return 0 if mine == theirs else 1
-    elif arguments.verb == "list":
-        for entry in manifest.files:
-            source, target = f"{arguments.folder}/{entry.path}", f"{arguments.prefix}/{entry.path}"
-            sys.stdout.write(staging.copy_line(arguments.options, source, target))
     elif arguments.verb == "plan":
         missing = staging.plan(manifest, arguments.folder, arguments.store, arguments.also)
         if arguments.commands:
