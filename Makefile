@@ -52,8 +52,12 @@ check-vocab: $(STAMP) ## one vocabulary in all models of the run (CONFIG= RECIPE
 	@scripts/check_vocab.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)")
 
 .PHONY: publish-models
-publish-models: $(STAMP) ## models to the bucket, manifest last (FROM=dir [NAMES=…])
-	@scripts/publish_models.sh --from "$(FROM)" $(NAMES)
+publish-models: $(STAMP) ## models to the bucket, manifest last (FROM=dir [NAMES=…] [AS=datasets] [FORCE=1 replaces])
+	@scripts/publish_models.sh --from "$(FROM)" $(if $(AS),--as "$(AS)") $(if $(filter 1,$(FORCE)),--force) $(NAMES)
+
+.PHONY: models
+models: $(STAMP) ## what is published in the bucket: files, bytes, digest
+	@scripts/models.sh
 
 .PHONY: deploy
 deploy: $(STAMP) ## dry run, build, push, submit, follow to the tenth step, report (ENV= ALGO=; DRY_RUN=1 only tells)
