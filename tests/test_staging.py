@@ -118,3 +118,14 @@ def test_a_listing_is_proved_by_sizes_and_the_buckets_checksums(tmp_path: Path) 
     path.write_text(json.dumps({"name": "m", "files": files}))
     with pytest.raises(ManifestError):
         manifest.load_manifest(path)
+
+
+def test_the_line_of_a_transfer_says_how_far_how_fast_and_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = staging.Bar("llama-7b-mtp", 27_000_000_000)
+    now = bar.past[0][0]
+    bar.past.append((now + 10, 0))
+    line = bar.text(13_500_000_000)
+    assert line == "Download  llama-7b-mtp  [##########----------]  50 %  13.5 of 27.0 GB  1350 MB/s  10 s left"
+    bar.EVERY_S = 0
+    bar.at(27_000_000_001)
+    assert "100 %  27.0 of 27.0 GB" in capsys.readouterr().err  # a line of its own where it is no terminal

@@ -53,7 +53,7 @@ survey() {
 tell_plan() {
   local label how
   for label in "${ITEMS[@]}"; do
-    how="$(mb "${BYTES[$label]}") MB in ${FILES[$label]} files, $(mb "${HERE[$label]}") MB of it here"
+    how="$(mb "${BYTES[$label]}") MB in ${FILES[$label]} files, $(mb "${HERE[$label]}") MB here"
     case ${STATE[$label]} in hit) how='in the store' ;; touched) how='in the store, touched since: to be hashed' ;; esac
     log sync "$label (${WHY[$label]}): ${DIGEST[$label]:0:12}, $how"
     ((! dry)) || python -c 'import json, sys; k = ("item", "why", "digest", "files", "bytes", "here_bytes", "state", "from", "to"); v = sys.argv[1:]

@@ -14,11 +14,10 @@ import shutil
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -161,51 +160,47 @@ def lacking(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
     return found
 
 
-class Bar(tqdm):
-    """The line of a transfer; piped it is told every few seconds instead of redrawn."""
+class Bar:
+    """The line of a transfer: redrawn on a terminal, told every few seconds elsewhere."""
 
-    FORM = "Download  {desc}  [{bar:20}] {percentage:3.0f} %  {here} of {there}  {speed}  {left}"
+    FORM = "Download  {desc}  [{bar:20}] {percentage:3.0f} %  {told}"
     EVERY_S = 3.0
+    PAST_S = 10.0  # the rate is that of the last seconds
 
     def __init__(self, name: str, total: int) -> None:
-        self.plain = not sys.stderr.isatty() or os.environ.get("CI") == "true" or os.environ.get("TERM") == "dumb"
+        self.name, self.total = name, max(total, 1)
+        self.scale, self.unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         self.told = time.monotonic()
-        super().__init__(
-            total=max(total, 1),
-            desc=name,
-            file=sys.stderr,
-            bar_format=self.FORM,
-            ascii="-#",
-            leave=False,
-            dynamic_ncols=True,
-            mininterval=0.2,
-            disable=self.plain,
-        )
-        self.began, self.seen = time.monotonic(), 0
-        self.scale, self.unit_name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+        self.past: deque[tuple[float, int]] = deque([(self.told, 0)])
+        self.line: tqdm | None = None
+        if sys.stderr.isatty() and os.environ.get("CI") != "true" and os.environ.get("TERM") != "dumb":
+            # The whole line is the description: it has figures that tqdm knows no names for.
+            self.line = tqdm(bar_format="{desc}", leave=False, file=sys.stderr, dynamic_ncols=True)
 
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        shown = super().format_dict
-        seconds = time.monotonic() - self.began
-        rate = shown.get("rate") or (self.seen / seconds if seconds else 0)
-        left = f"{(self.total - self.seen) / rate:.0f} s left" if rate else "waiting"
-        return shown | {
-            "here": f"{self.seen / self.scale:.1f}",
-            "there": f"{self.total / self.scale:.1f} {self.unit_name}",
-            "speed": f"{rate / 1e6:.0f} MB/s",
-            "left": left,
-        }
+    def text(self, seen: int) -> str:
+        """The line with ``seen`` bytes here."""
+        now, (then, before) = self.past[-1][0], self.past[0]
+        rate = (seen - before) / (now - then) if now > then else 0.0
+        left = f"{(self.total - seen) / rate:.0f} s left" if rate > 0 else "waiting"
+        told = f"{seen / self.scale:.1f} of {self.total / self.scale:.1f} {self.unit}  {rate / 1e6:.0f} MB/s  {left}"
+        form = self.FORM.replace("{told}", told)
+        return str(tqdm.format_meter(seen, self.total, 1, prefix=self.name, ascii="-#", bar_format=form))
 
     def at(self, seen: int) -> None:
         """``seen`` bytes are here."""
-        before, self.seen = self.seen, min(seen, int(self.total))
-        if not self.plain:
-            self.update(self.seen - before)
-        elif time.monotonic() - self.told >= self.EVERY_S:
-            self.told = time.monotonic()
-            shown = self.format_dict | {"n": self.seen, "total": self.total, "elapsed": self.told - self.began}
-            print(self.format_meter(**shown, ncols=None), file=sys.stderr, flush=True)
+        now, seen = time.monotonic(), min(seen, self.total)
+        self.past.append((now, seen))
+        while now - self.past[0][0] > self.PAST_S:
+            self.past.popleft()
+        if self.line is not None:
+            self.line.set_description_str(self.text(seen))
+        elif now - self.told >= self.EVERY_S:
+            self.told = now
+            print(self.text(seen), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.line is not None:
+            self.line.close()
 
 
 class Arrivals:
