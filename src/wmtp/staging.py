@@ -163,7 +163,7 @@ def lacking(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
 class Bar:
     """The line of a transfer: redrawn on a terminal, told every few seconds elsewhere."""
 
-    FORM = "Download  {desc}  [{bar:20}] {percentage:3.0f} %  {told}"
+    FORM = "Download  {desc}  [{bar}] {percentage:3.0f} %  {told}"
     EVERY_S = 3.0
     PAST_S = 10.0  # the rate is that of the last seconds
 
@@ -184,7 +184,8 @@ class Bar:
         left = f"{(self.total - seen) / rate:.0f} s left" if rate > 0 else "waiting"
         told = f"{seen / self.scale:.1f} of {self.total / self.scale:.1f} {self.unit}  {rate / 1e6:.0f} MB/s  {left}"
         form = self.FORM.replace("{told}", told)
-        return str(tqdm.format_meter(seen, self.total, 1, prefix=self.name, ascii="-#", bar_format=form))
+        wide = min(shutil.get_terminal_size((80, 24)).columns - 1, 99) if self.line is not None else 79
+        return str(tqdm.format_meter(seen, self.total, 1, wide, self.name, "-#", bar_format=form))
 
     def at(self, seen: int) -> None:
         """``seen`` bytes are here."""
