@@ -175,7 +175,7 @@ put_manifest() {
   local prefix="$RANDOM-$$"
   local -a settings=(--config configs/config.local_minitest.yaml --recipe tests/configs/recipe.critic_wmtp.yaml)
   settings+=(--set "paths.checkpoints.base_path=s3://$S3_BUCKET_NAME/c-$prefix")
-  "$repo/scripts/publish_models.sh" --from "$models" test-llama-mtp test-rm-llama 2>/dev/null
+  "$repo/scripts/publish_models.sh" --from "$models" --force test-llama-mtp test-rm-llama 2>/dev/null
   mkdir -p "$WMTP_APP_ROOT"
   ln -s "$repo/datasets" "$WMTP_APP_ROOT/datasets"
   cd "$repo"

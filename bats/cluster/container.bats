@@ -16,7 +16,7 @@ setup_file() {
   "$tree/scripts/build.sh" >"$BATS_FILE_TMPDIR/built" 2>"$BATS_FILE_TMPDIR/log"
   "$tree/scripts/push.sh" <<<"$REGISTRY_TOKEN" >>"$BATS_FILE_TMPDIR/log" 2>&1
   "$tree/scripts/../.venv/bin/python" "$tree/tests/test_models/generate.py" >>"$BATS_FILE_TMPDIR/log" 2>&1
-  "$tree/scripts/publish_models.sh" --from "$tree/tests/test_models" test-llama-mtp test-rm-llama test-llama >>"$BATS_FILE_TMPDIR/log" 2>&1
+  "$tree/scripts/publish_models.sh" --from "$tree/tests/test_models" --force test-llama-mtp test-rm-llama test-llama >>"$BATS_FILE_TMPDIR/log" 2>&1
 }
 
 teardown() { docker ps -aq | xargs -r docker rm -fv >/dev/null 2>&1; }
