@@ -59,6 +59,10 @@ publish-models: $(STAMP) ## models to the bucket, manifest last (FROM=dir [NAMES
 models: $(STAMP) ## what is published in the bucket: files, bytes, digest
 	@scripts/models.sh
 
+.PHONY: verify-models
+verify-models: $(STAMP) ## every byte of what is published, or of synced models, against its manifest ([NAME=] [FROM=dir])
+	@scripts/verify_models.sh $(if $(FROM),--from "$(FROM)") $(NAME) $(NAMES)
+
 .PHONY: deploy
 deploy: $(STAMP) ## dry run, build, push, submit, follow to the tenth step, report (ENV= ALGO=; DRY_RUN=1 only tells)
 	@scripts/deploy.sh

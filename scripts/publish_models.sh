@@ -22,6 +22,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/store.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/claim.bash"
 # shellcheck source=scripts/lib/publish.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/publish.bash"
+# shellcheck source=scripts/lib/upload.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/upload.bash"
 
 TEMP='' WORK='' FROM='' NAME='' PREFIX='' KIND=models FORCE=0
 RETRIES=${WMTP_STORAGE_RETRIES:-3} WAIT=${WMTP_STORAGE_RETRY_WAIT_S:-10}

@@ -14,7 +14,20 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "paths", "registry", "manifest", "preflight", "report", "runfile", "scorekey", "vocab"]
+    "module",
+    [
+        "config",
+        "paths",
+        "registry",
+        "manifest",
+        "publish",
+        "published",
+        "preflight",
+        "report",
+        "runfile",
+        "scorekey",
+        "vocab",
+    ],
 )
 def test_looking_does_not_import_torch(module: str) -> None:
     code = f"import sys, wmtp.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

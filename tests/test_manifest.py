@@ -125,3 +125,17 @@ def test_command_line_refuses_with_13(tmp_path: Path, capsys: pytest.CaptureFixt
     path.write_text(json.dumps(document("../x")))
     assert manifest.main(["check", str(path)]) == 13
     assert "'../x'" in capsys.readouterr().err
+
+
+def test_all_that_cannot_be_published_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").write_bytes(b"")
+    (tmp_path / manifest.CLAIM).write_bytes(b"")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "manifest.json").write_bytes(b"its own")
+    with pytest.raises(ManifestError) as refused:
+        manifest.walk(tmp_path)
+    assert [line.split(":")[0] for line in str(refused.value).split("\n")] == [
+        "path '.publishing'",
+        "path 'a\\nb'",
+        "'link'",
+    ]

@@ -4,6 +4,7 @@
 # list_published FILE: all objects of models/ and datasets/, the client's JSON lines.
 list_published() {
   local kind
+  : >"$1"
   for kind in models datasets; do
     setpriv --pdeathsig KILL timeout -k 1 300 "$S5CMD" --json --retry-count 3 ls "s3://$S3_BUCKET_NAME/$kind/*" >>"$1" 2>"$1.said" ||
       grep -q 'no object found' "$1.said" || {

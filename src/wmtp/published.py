@@ -16,6 +16,7 @@ from typing import Any
 from wmtp.manifest import CLAIM, MANIFEST, ManifestError, load_manifest
 from wmtp.publish import Listed, plain, read_listing
 
+WORKERS = 16
 COLUMNS = ("name", "files", "bytes", "digest", "created")
 
 
@@ -71,13 +72,36 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield plain(f"{name:<{wide[0]}}  {files:>{wide[1]}}  {size:>{wide[2]}}  {digest:<12}  {rest}".rstrip())
 
 
+def one(name: str, objects: dict[str, Listed], manifest: Path, free: int) -> Iterator[str]:
+    """Digest, bytes, files, how many of these fit a disk with ``free`` bytes at once; then what no manifest names."""
+    checked = load_manifest(manifest)
+    if checked.name != name.partition("/")[2]:
+        raise ManifestError(f"its manifest is of another name, {checked.name}")
+    largest = sorted((entry.bytes for entry in checked.files), reverse=True)[:WORKERS]
+    while sum(largest) > free:
+        largest.pop()
+    yield f"{checked.digest} {checked.total_bytes} {len(checked.files)} {len(largest)}"
+    yield from (plain(path) for path in objects.keys() - {entry.path for entry in checked.files} - {MANIFEST, CLAIM})
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m wmtp.published", description=__doc__)
     parser.add_argument("listing", type=Path, help="the client's `ls --json`")
     parser.add_argument("manifests", type=Path, help="folder of models/NAME.json and datasets/NAME.json")
+    parser.add_argument(
+        "--one", metavar="models/NAME", help="what there is to know before it is brought through a disk"
+    )
+    parser.add_argument("--free", type=int, default=0, help="bytes of that disk")
     parser.add_argument("--json", action="store_true", help="one object a line, with the whole digest")
     arguments = parser.parse_args(argv)
     found = shelves(arguments.listing)
+    if name := arguments.one:
+        try:
+            print(*one(name, found.get(name, {}), arguments.manifests / f"{name}.json", arguments.free), sep="\n")
+        except ManifestError as error:
+            print(f"published FAIL  {name}: {plain(str(error))}", file=sys.stderr)
+            return 13
+        return 0
     rows = [row(name, found[name], arguments.manifests / f"{name}.json") for name in sorted(found)]
     rows.sort(key=lambda made: made["name"].startswith("datasets/"))
     for line in (json.dumps(made, ensure_ascii=False) for made in rows) if arguments.json else table(rows):
