@@ -106,6 +106,20 @@ put_manifest() {
   [[ ! -e $WMTP_APP_ROOT ]]
 }
 
+@test "sync: what an older version left half-fetched makes room when the disk is too small" {
+  make_model
+  publish
+  local old=$WMTP_APP_ROOT/models/.store/.staging/$name-$(printf '0%.0s' {1..64})
+  mkdir -p "$old/files" "$work/bin"
+  printf '#!/bin/sh\necho Avail\nif [ -d "%s" ]; then echo 1000; else echo 900000000; fi\n' "$old" >"$work/bin/df"
+  chmod +x "$work/bin/df"
+  PATH=$work/bin:$PATH run -10 --separate-stderr sync --dry-run
+  [[ -d $old ]]
+  PATH=$work/bin:$PATH run -0 --separate-stderr sync
+  same_model
+  [[ ! -e $old ]]
+}
+
 @test "sync: 10 when the folder can't be written" {
   make_model
   publish

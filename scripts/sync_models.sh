@@ -129,9 +129,9 @@ main() {
   mkdir -p "$STORE/.staging" "$MODELS" 2>/dev/null && [[ -w $STORE && -w $MODELS ]] ||
     die 10 "$STORE or $MODELS can't be written" 'models need a folder of their own' "chown it, or set WMTP_APP_ROOT to another folder"
   keep_manifests "${all[@]}"
-  collect
   if [[ -n $FIRST ]]; then bring_first; fi
   for name in "${ITEMS[@]}"; do sync_one "$name"; done
+  collect # last: what another version has in staging may be a file of this one, too
   within "$CACHE_MAX" "${DIGEST[@]}"
   log sync "done in $SECONDS s"
 }

@@ -71,6 +71,17 @@ def test_a_file_of_another_version_is_used_again_if_it_still_is_what_it_was(tmp_
     assert [entry.path for _, entry in staging.plan(made, tmp_path / "third", store)] == ["a"]
 
 
+def test_what_another_version_has_in_staging_is_used_again_if_it_is_the_same(tmp_path: Path) -> None:
+    _, made, _ = model(tmp_path)
+    at = tmp_path / f"m-{made.digest}"
+    for path, data in (("a", b"content"), ("s p/ü", b"x")):
+        other = tmp_path / f"m-{'0' * 64}" / "files" / path
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(data)
+    assert [entry.path for _, entry in staging.plan(made, at)] == ["s p/ü"]
+    assert (at / "files/a").read_bytes() == b"content"
+
+
 def test_discarded_files_are_proved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, made, _ = model(tmp_path)
     at = tmp_path / "staging"

@@ -75,6 +75,10 @@ need_room() {
   free=$(free_bytes "$STORE")
   log sync "$(mb "$needed") MB to fetch from s3://$S3_BUCKET_NAME to $STORE, $(mb "$free") MB free"
   if ((! dry && ${#needed} <= 18 && needed > free)); then
+    collect
+    free=$(free_bytes "$STORE")
+  fi
+  if ((! dry && ${#needed} <= 18 && needed > free)); then
     evict "$((needed - free))" "${DIGEST[@]}"
     free=$(free_bytes "$STORE")
   fi

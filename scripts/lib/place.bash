@@ -20,7 +20,8 @@ in_store() {
   return 1
 }
 
-# collect: staging that nobody works on: of other versions of what is wanted here, and what an eviction left.
+# collect: staging that nobody works on: of other versions of what is wanted here, of what is in the store by now, and what
+# an eviction left.
 collect() {
   local label name folder
   rm -rf -- "$STORE"/.staging/evicted-*
@@ -28,7 +29,8 @@ collect() {
     name=${NAME[$label]}
     for folder in "$STORE/.staging/$name"-*/; do
       folder=${folder%/}
-      [[ -d $folder && $folder != "$STORE/.staging/$name-${DIGEST[$label]}" && ${folder##*/"$name"-} =~ ^[0-9a-f]{64}$ ]] || continue
+      [[ -d $folder && ${folder##*/"$name"-} =~ ^[0-9a-f]{64}$ ]] || continue
+      [[ ${folder##*-} != "${DIGEST[$label]}" || -d $STORE/${DIGEST[$label]} ]] || continue
       (flock -n 9 && rm -rf -- "$folder") 9>"$folder.lock" || true
     done
   done

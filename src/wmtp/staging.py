@@ -68,7 +68,7 @@ def plan(
     """What is still to be fetched: (number of the entry, entry). Clears away what is not right in staging.
 
     Kept is what is proved: in `files/`, a part that arrived whole before a kill, and, by a hard link, a file of
-    another version in ``store`` or of the folder ``also``.
+    another version in ``store`` or in the staging beside this one, or of the folder ``also``.
     """
     files, parts = staging / "files", staging / "part"
     for folder in (staging, files, parts):
@@ -82,6 +82,11 @@ def plan(
             path.unlink()
     places = [*([(also, manifest)] if also else []), *(versions(store) if store else [])]
     others = reusable(manifest, places)
+    # A version that was being fetched when this one was published; its manifest isn't here, so its paths say what to try.
+    for folder in staging.parent.glob(f"{manifest.name}-*/files"):
+        for entry in manifest.files if folder != files else ():
+            if entry.blake3 and (found := plain_file(folder, entry.path)):
+                others.setdefault(entry.blake3, []).append(found)
     marks = staging / PROVED
     discarded = set(marks.read_text(encoding="utf-8").splitlines()) if marks.is_file() else set()
 
