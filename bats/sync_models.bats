@@ -127,6 +127,19 @@ put_manifest() {
   WMTP_APP_ROOT="$work/file" run -10 --separate-stderr sync
 }
 
+@test "sync: 10 when the store has no locks, or refuses one" {
+  make_model
+  publish
+  mkdir -p "$work/stubs"
+  printf '#!/usr/bin/env bash\nexit 71\n' >"$work/stubs/flock"
+  chmod +x "$work/stubs/flock"
+  PATH="$work/stubs:$PATH" run -10 --separate-stderr timeout 60 "$repo/scripts/sync_models.sh" --model "$name"
+  [[ $stderr == *"can't be locked"* ]]
+  local lock=("$WMTP_APP_ROOT/models/.store/.staging/$name-"*.lock)
+  rm "${lock[0]}" && mkdir "${lock[0]}"
+  run -10 --separate-stderr sync
+}
+
 @test "sync: 13 and nothing written when a manifest path leaves the model" {
   make_model
   local path

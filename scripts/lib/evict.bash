@@ -31,3 +31,19 @@ within() {
   have=$(awk -v h="$have" -v m="$1" 'BEGIN {printf "%.0f", h - m * 1e9}')
   if ((have > 0)); then evict "$have" "${@:2}"; fi
 }
+
+# collect: staging that nobody works on: of other versions of what is wanted here, of what is in the store by now, and what
+# an eviction left.
+collect() {
+  local label name folder
+  rm -rf -- "$STORE"/.staging/evicted-*
+  for label in "${ITEMS[@]}"; do
+    name=${NAME[$label]}
+    for folder in "$STORE/.staging/$name"-*/; do
+      folder=${folder%/}
+      [[ -d $folder && ${folder##*/"$name"-} =~ ^[0-9a-f]{64}$ ]] || continue
+      [[ ${folder##*-} != "${DIGEST[$label]}" || -d $STORE/${DIGEST[$label]} ]] || continue
+      (flock -n 9 && rm -rf -- "$folder") 9>"$folder.lock" || true
+    done
+  done
+}

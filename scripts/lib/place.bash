@@ -20,22 +20,6 @@ in_store() {
   return 1
 }
 
-# collect: staging that nobody works on: of other versions of what is wanted here, of what is in the store by now, and what
-# an eviction left.
-collect() {
-  local label name folder
-  rm -rf -- "$STORE"/.staging/evicted-*
-  for label in "${ITEMS[@]}"; do
-    name=${NAME[$label]}
-    for folder in "$STORE/.staging/$name"-*/; do
-      folder=${folder%/}
-      [[ -d $folder && ${folder##*/"$name"-} =~ ^[0-9a-f]{64}$ ]] || continue
-      [[ ${folder##*-} != "${DIGEST[$label]}" || -d $STORE/${DIGEST[$label]} ]] || continue
-      (flock -n 9 && rm -rf -- "$folder") 9>"$folder.lock" || true
-    done
-  done
-}
-
 point() {
   local link=$1 target=$2
   mkdir -p "$(dirname "$link")"
@@ -57,10 +41,14 @@ register() {
 
 # lock NAME-DIGEST: held until `exec 9>&-`, and by nobody's children.
 lock() {
-  exec 9>"$STORE/.staging/$1.lock"
-  flock -n 9 && return 0
-  log sync "$1: another sync holds it; waiting for it"
-  until flock -w 4 9; do log sync "$1: still waiting, $SECONDS s"; done
+  local rc=0 how='another sync holds it; waiting for it'
+  { exec 9>"$STORE/.staging/$1.lock"; } 2>/dev/null && flock -n -E 75 9 || rc=$?
+  while ((rc == 75)); do
+    log sync "$1: $how"
+    rc=0 && flock -w 4 -E 75 9 || rc=$?
+    how="still waiting, $SECONDS s"
+  done
+  ((rc == 0)) || die 10 "$STORE/.staging/$1.lock can't be locked" 'one sync at a time writes a version' 'chown the store, or set WMTP_CACHE_DIR to a file system with locks'
 }
 
 # republished LABEL: the bucket has another version by now; its manifest takes the place of the old one.
