@@ -58,6 +58,19 @@ two_versions() {
   [[ ! -e $WMTP_CACHE_DIR/$old ]]
 }
 
+@test "cache: a version that another app root uses stays, wherever that is said from" {
+  make_model
+  publish
+  mkdir "$work/elsewhere"
+  cd "$work"
+  HOSTNAME=inherited WMTP_APP_ROOT=one "$repo/scripts/sync_models.sh" --model "$name" >/dev/null 2>&1
+  grep -q "^$(uname -n)"$'\t'"$work/one/models/$name$" "$WMTP_CACHE_DIR"/.used/*/*
+  touch -d '25 hours ago' "$WMTP_CACHE_DIR"/.used/*/*
+  cd "$work/elsewhere"
+  run -1 --separate-stderr cache --evict "$name"
+  diff -r -x manifest.json -x .complete "$work/from/$name" "$work/one/models/$name"
+}
+
 @test "cache: another machine's version stays for a day" {
   two_versions
   rm "$WMTP_APP_ROOT/models/$name"

@@ -44,6 +44,17 @@ put_manifest() {
   [[ $(readlink "$WMTP_APP_ROOT/models/$name") == "$WMTP_CACHE_DIR/"* ]]
 }
 
+@test "sync: a model is linked with a warning when its use can't be noted" {
+  make_model
+  publish
+  sync 2>/dev/null
+  rm -r "$WMTP_APP_ROOT/models/.store/.used" "$WMTP_APP_ROOT/models/$name"
+  : >"$WMTP_APP_ROOT/models/.store/.used"
+  run -0 --separate-stderr sync
+  [[ $stderr == *"warn  $name: its use can't be noted"* ]]
+  same_model
+}
+
 @test "sync: damage is mended when a file in the store was changed" {
   make_model
   publish

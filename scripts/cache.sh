@@ -37,7 +37,7 @@ main() {
   done
   need_cmd python
   need_cmd flock 'Linux: apt-get install util-linux'
-  MODELS=${WMTP_APP_ROOT:-/app}/models STORE=$MODELS/.store
+  MODELS=$(realpath -ms -- "${WMTP_APP_ROOT:-/app}")/models STORE=$MODELS/.store
   local cache=${WMTP_CACHE_DIR:-/cache/models} folder
   if [[ -d $cache ]]; then STORE=$cache; fi
   [[ -d $STORE ]] || die 2 "$STORE is not there" 'a sync makes it' 'make sync, or set WMTP_CACHE_DIR or WMTP_APP_ROOT'

@@ -109,7 +109,8 @@ main() {
     choose_settings "${ENV:-${ENV_MODE:-minitest}}" "${ALGO:-${WMTP_ALGO:-critic-wmtp}}"
     cd "$ROOT"
   fi
-  MODELS=${WMTP_APP_ROOT:-/app}/models AGAIN="scripts/sync_models.sh${SETTINGS[*]:+ ${SETTINGS[*]}}${only[*]/#/ --model }"
+  # Absolute: other app roots read in the store what this one uses.
+  MODELS=$(realpath -ms -- "${WMTP_APP_ROOT:-/app}")/models AGAIN="scripts/sync_models.sh${SETTINGS[*]:+ ${SETTINGS[*]}}${only[*]/#/ --model }"
   if ((${#SETTINGS[@]})); then read_configuration; fi
   store_environment
   for name in "${only[@]}"; do item "$name" 'was named'; done

@@ -34,9 +34,10 @@ point() {
 
 # register DIGEST LINK: for `make cache`, and against eviction by a machine that can't see this one's links.
 register() {
-  local record
-  record=$STORE/.used/$1/$(cksum <<<"$HOSTNAME $2" | tr ' ' '-')
-  mkdir -p "$STORE/.used/$1" && printf '%s\t%s\n' "$HOSTNAME" "$2" >"$record"
+  local host record
+  host=$(uname -n) # not $HOSTNAME, which may come from another machine's environment
+  record=$STORE/.used/$1/$(cksum <<<"$host $2" | tr ' ' '-')
+  mkdir -p "$STORE/.used/$1" && printf '%s\t%s\n' "$host" "$2" >"$record"
 } 2>/dev/null
 
 # lock NAME-DIGEST: held until `exec 9>&-`, and by nobody's children.
@@ -95,7 +96,7 @@ sync_one() {
     esac
   done
   point "$link" "$target"
-  register "${DIGEST[$label]}" "$link"
+  register "${DIGEST[$label]}" "$link" || log sync "warn  $label: its use can't be noted in $STORE/.used: another machine may evict it"
   exec 9>&-
   told "$label" "$fetched" "$began" "$cache"
 }
