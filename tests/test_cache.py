@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,24 @@ def test_survey_knows_what_is_here_staged_or_in_another_version(tmp_path: Path) 
     assert [line[3:] for line in cache.survey(store, [("m", tmp_path / "new.json")])] == [("3", "new", "1")]
     with pytest.raises(ManifestError, match="that of m"):
         list(cache.survey(store, [("other", one / MANIFEST)]))
+
+
+def test_a_version_that_is_evicted_while_one_looks_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, links = tmp_path / "store", tmp_path / "none"
+    gone, stays = version(store, "m", "1"), version(store, "n", "2")
+    manifest = tmp_path / "m.json"
+    manifest.write_bytes((gone / MANIFEST).read_bytes())
+    found = list(cache.versions(store))
+
+    def vanish(*_: object, **__: object) -> Iterator[str]:
+        (gone / COMPLETE).unlink(missing_ok=True)
+        (gone / COMPLETE).stat()
+        yield ""
+
+    monkeypatch.setattr(cache, "versions", lambda _: found)
+    monkeypatch.setattr(cache, "differences", vanish)
+    assert [line[4] for line in cache.survey(store, [("m", manifest)])] == ["touched"]
+    shutil.rmtree(gone)
+    assert [one.digest for one in cache.look(store, links)] == [stays.name]

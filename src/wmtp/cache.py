@@ -12,6 +12,7 @@ it reads), or when another machine linked it in the last day. Nothing here write
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import socket
@@ -39,7 +40,9 @@ def survey(store: Path, items: Sequence[tuple[str, Path]]) -> Iterator[tuple[str
             raise ManifestError(f"{name}: its manifest is that of {manifest.name}; publish {name} again")
         target, here = store / manifest.digest, manifest.total_bytes
         if target.is_dir():
-            state = "touched" if any(differences(manifest, target, quick=True)) else "hit"
+            state = "touched"
+            with contextlib.suppress(OSError):  # evicted, or mended by another sync, just now
+                state = "touched" if any(differences(manifest, target, quick=True)) else "hit"
         else:
             state, staged = "new", store / ".staging" / f"{name}-{manifest.digest}" / "files"
             same = reusable(manifest, others)
@@ -106,9 +109,11 @@ def look(store: Path, links: Path) -> list[Version]:
     """Every version of a store, the longest unused first; ``links`` is this machine's folder of models."""
     found = []
     for folder, manifest in versions(store):
-        last, users = _users(store, folder.name, links)
-        last = last or (folder / COMPLETE).stat().st_mtime
-        found.append(Version(folder.name, manifest.name, len(manifest.files), manifest.total_bytes, last, tuple(users)))
+        with contextlib.suppress(FileNotFoundError):  # evicted just now
+            last, users = _users(store, folder.name, links)
+            last = last or (folder / COMPLETE).stat().st_mtime
+            size = manifest.total_bytes
+            found.append(Version(folder.name, manifest.name, len(manifest.files), size, last, tuple(users)))
     return sorted(found, key=lambda version: version.used)
 
 
