@@ -35,7 +35,8 @@ def stored(store: Path) -> Path:
 
 def test_the_soak_sees_a_version_that_is_not_whole(tmp_path: Path) -> None:
     folder = stored(tmp_path)
-    assert not wrong(folder, seen := set())
+    seen: set[str] = set()
+    assert not wrong(folder, seen)
     (folder / "weights").write_bytes(b"wrong")
     assert not wrong(folder, seen)  # read once: its size is right
     assert "blake3" in wrong(folder, set())

@@ -1,5 +1,5 @@
 # Versions that nobody uses leave the store. Sourced by sync_models.sh and cache.sh; uses STORE MODELS.
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2153,SC2154
 
 # evict_one DIGEST NAME BYTES: in one rename out of everybody's sight; not while another sync has its lock.
 evict_one() {

@@ -82,11 +82,11 @@ def plan(
             path.unlink()
     places = [*([(also, manifest)] if also else []), *(versions(store) if store else [])]
     others = reusable(manifest, places)
-    # A version that was being fetched when this one was published; its manifest isn't here, so its paths say what to try.
+    # A version that was being fetched when this one was published: its manifest isn't here, its paths say what to try.
     for folder in staging.parent.glob(f"{manifest.name}-*/files"):
         for entry in manifest.files if folder != files else ():
-            if entry.blake3 and (found := plain_file(folder, entry.path)):
-                others.setdefault(entry.blake3, []).append(found)
+            if entry.blake3 and (staged := plain_file(folder, entry.path)):
+                others.setdefault(entry.blake3, []).append(staged)
     marks = staging / PROVED
     discarded = set(marks.read_text(encoding="utf-8").splitlines()) if marks.is_file() else set()
 
