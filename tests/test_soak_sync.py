@@ -35,7 +35,7 @@ def stored(store: Path) -> Path:
 
 def test_the_soak_sees_a_version_that_is_not_whole(tmp_path: Path) -> None:
     folder = stored(tmp_path)
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
     assert not wrong(folder, seen)
     (folder / "weights").write_bytes(b"wrong")
     assert not wrong(folder, seen)  # read once: its size is right
