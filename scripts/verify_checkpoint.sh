@@ -79,8 +79,8 @@ what_it_holds() {
   MANIFEST=$TEMP/manifest.json
   if ! fetch_manifest "$NAME, step $STEP" "$MANIFEST" "$FROM"; then
     log verify "warn  $FROM has no manifest: only the sizes of its files are proved, not their content"
-    MANIFEST=$TEMP/listing/manifest.json
-    mkdir "$TEMP/listing"
+    MANIFEST=$TEMP/.listing/manifest.json
+    mkdir "$TEMP/.listing"
     python -c 'import json, sys
 files = [{"path": e["path"], "bytes": int(e["bytes"]), "crc64nvme": ""} for e in json.load(sys.stdin)["files"]]
 json.dump({"name": sys.argv[1], "files": files}, sys.stdout)' "step-$STEP" <"$TEMP/marker" >"$MANIFEST" 2>/dev/null ||
@@ -134,7 +134,7 @@ main() {
   fetch "$staging"
   log verify "every file is here and proved, ${SECONDS} s; reading it"
   cp "$TEMP/marker" "$staging/files/.complete"
-  [[ $MANIFEST == */listing/* ]] || cp "$MANIFEST" "$staging/files/manifest.json"
+  [[ $MANIFEST == */.listing/* ]] || cp "$MANIFEST" "$staging/files/manifest.json"
   mv -T "$staging/files" "$PLACE/step-$STEP"
   rm -rf -- "$staging"
   # In the background, as `manifest`: a trap waits for a foreground child.

@@ -54,6 +54,12 @@ def test_odd_but_legal_path_is_taken(tmp_path: Path, path: str) -> None:
     assert load(tmp_path, document(path)).files[0].path == path
 
 
+def test_a_model_may_be_called_listing(tmp_path: Path) -> None:
+    (tmp_path / "listing").mkdir()
+    assert load(tmp_path / "listing", document("a", name="listing")).name == "listing"
+    assert not manifest.NAME.fullmatch(manifest.LISTING)
+
+
 @pytest.mark.parametrize(
     "made",
     [

@@ -8,7 +8,7 @@ import pytest
 from test_manifest import model  # type: ignore[import-not-found]  # beside this file; pytest finds it
 
 from wmtp import manifest, staging
-from wmtp.manifest import ManifestError
+from wmtp.manifest import LISTING, ManifestError
 
 
 def arrive(at: Path, contents: dict[int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +116,8 @@ def test_first_files_are_settings_and_tokenizer_and_are_proved(tmp_path: Path) -
 
 
 def test_a_listing_is_proved_by_sizes_and_the_buckets_checksums(tmp_path: Path) -> None:
-    (tmp_path / "listing").mkdir()
-    path = tmp_path / "listing/m.json"
+    (tmp_path / LISTING).mkdir()
+    path = tmp_path / LISTING / "m.json"
     (tmp_path / "a").write_bytes(b"123456789")
     files = [{"path": "a", "bytes": 9, "etag": "e", "crc64nvme": "rosUhgp5mIg="}]  # the check value of CRC-64/NVME
     path.write_text(json.dumps({"name": "m", "files": files}))

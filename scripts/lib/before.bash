@@ -28,8 +28,8 @@ unpublished() {
   [[ ${WMTP_NO_MANIFEST:-} == 1 ]] ||
     die 13 "$label is not published: no ${PREFIX[$label]}/manifest.json" 'a model without a manifest is not published' \
       "scripts/publish_models.sh --from DIR $name (or, for what someone else uploaded: WMTP_NO_MANIFEST=1)"
-  MANIFEST["$label"]=$TEMP/listing/$label.json
-  mkdir -p "$TEMP/listing"
+  MANIFEST["$label"]=$TEMP/.listing/$label.json
+  mkdir -p "$TEMP/.listing"
   python -m wmtp.bucket "$name" "${PREFIX[$label]}" >"${MANIFEST[$label]}" || rc=$?
   ((rc == 0)) || die "$rc" "$label: nothing could be listed in ${PREFIX[$label]}" 'without a manifest the listing says what a model is' 'see that name and bucket are right'
   log sync "warn  $label has no manifest: proved are the sizes, and the content of $(grep -c '"crc64nvme": "[^"]' "${MANIFEST[$label]}" || true) of $(grep -c '"path"' "${MANIFEST[$label]}" || true) files whose checksum the bucket keeps;"

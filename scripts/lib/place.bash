@@ -55,12 +55,12 @@ lock() {
 # republished LABEL: the bucket has another version by now; its manifest takes the place of the old one.
 republished() {
   local label=$1 rc=0
-  [[ ${MANIFEST[$label]} != */listing/* ]] || return 1
-  (fetch_manifest "${NAME[$label]}" "$TEMP/now.json" "${PREFIX[$label]}") 2>/dev/null || rc=$?
+  [[ ${MANIFEST[$label]} != */.listing/* ]] || return 1
+  (fetch_manifest "${NAME[$label]}" "$TEMP/republished" "${PREFIX[$label]}") 2>/dev/null || rc=$?
   if ((rc == 1)); then log sync "$label: its manifest is gone from the bucket: it is being published again"; fi
   ((rc == 0)) || return 1
-  ! cmp -s "$TEMP/now.json" "${MANIFEST[$label]}" || return 1
-  mv -f "$TEMP/now.json" "${MANIFEST[$label]}"
+  ! cmp -s "$TEMP/republished" "${MANIFEST[$label]}" || return 1
+  mv -f "$TEMP/republished" "${MANIFEST[$label]}"
 }
 
 sync_one() {
@@ -111,7 +111,7 @@ rate = round(int(fetched) / 1e6 / seconds, 1)
 kind = "dataset" if label != name else "model"
 print(json.dumps({kind: name, "digest": digest, "bytes": int(total), "downloaded_bytes": int(fetched),
                   "seconds": round(seconds, 3), "mb_per_second": rate, "cache": cache, "path": path}))
-proof = "as the bucket lists them" if "/listing/" in manifest else "blake3 verified while arriving"
+proof = "as the bucket lists them" if "/.listing/" in manifest else "blake3 verified while arriving"
 how = "in the store already" if cache == "hit" else f"{files} files, {proof}, {rate} MB/s"
 print(f"sync      {label} ok: {int(total) / 1e6:.1f} MB, {how}, {seconds:.1f} s", file=sys.stderr)
 PY

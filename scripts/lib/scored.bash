@@ -36,7 +36,7 @@ keep_manifests() {
   local name
   mkdir -p "$MODELS/.manifests"
   for name in "$@"; do
-    if [[ ${LINK[$name]} == "$MODELS/"* && ${MANIFEST[$name]} != */listing/* ]]; then copy_whole "${MANIFEST[$name]}" "$MODELS/.manifests/$name.json"; fi
+    if [[ ${LINK[$name]} == "$MODELS/"* && ${MANIFEST[$name]} != */.listing/* ]]; then copy_whole "${MANIFEST[$name]}" "$MODELS/.manifests/$name.json"; fi
   done
   copy_whole "$TEMP/not-needed" "$MODELS/.manifests/not-needed"
 }

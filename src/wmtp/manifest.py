@@ -28,8 +28,10 @@ MANIFEST = "manifest.json"
 COMPLETE = ".complete"
 CLAIM = ".publishing"
 """The object that says who is publishing a name."""
-LISTING = "listing"
-"""The folder of what was listed in a bucket without manifests; `load_manifest` reads it as such, and nothing else."""
+LISTING = ".listing"
+"""The folder of what was listed in a bucket without manifests; `load_manifest` reads it as such, and nothing else.
+
+No model can have this name."""
 LARGE = 256 * 2**20  # bytes from which a file is hashed by all cores: nothing else is left to do beside it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 KEYS = {"format", "name", "files", "total_bytes", "created", "tool"}
