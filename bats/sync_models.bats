@@ -189,6 +189,8 @@ put_manifest() {
   publish
   run -0 --separate-stderr sync --dry-run
   [[ ! -e $WMTP_APP_ROOT && ${#lines[@]} == 1 ]]
+  DRY_RUN=1 run -0 --separate-stderr sync
+  [[ ! -e $WMTP_APP_ROOT && ${#lines[@]} == 1 ]]
   [[ $output == '{"item": "'$name'", "why": "was named", "digest": "'* ]]
   [[ $output == *'"bytes": 300003, "here_bytes": 0, "state": "new", "from": "s3://'$S3_BUCKET_NAME/models/$name'"'* ]]
 }
@@ -205,6 +207,14 @@ put_manifest() {
 
 @test "sync: 2 when an option is unknown" {
   run -2 --separate-stderr "$repo/scripts/sync_models.sh" --fast
+}
+
+@test "sync: 2 when a name is that of no model, or two addresses would be one folder" {
+  run -2 --separate-stderr "$repo/scripts/sync_models.sh" --model dataset:any
+  cd "$repo"
+  run -2 --separate-stderr scripts/sync_models.sh --config configs/config.local_minitest.yaml --recipe tests/configs/recipe.critic_wmtp.yaml \
+    --set paths.models.base=s3://one/m --set paths.models.rm=s3://two/m
+  [[ $stderr == *'both s3://one/m and s3://two/m'* ]]
 }
 
 @test "sync: a scorer whose scores are kept is not fetched, and the vocabularies are checked without it" {

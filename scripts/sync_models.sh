@@ -3,7 +3,7 @@
 # Brings the models that configuration and recipe need (or the named ones), and datasets that are s3://, from the bucket to
 # $WMTP_APP_ROOT/models/NAME (datasets/.synced/NAME). A model stands under its name only when every file is proved; what has
 # arrived is kept. Without --config and --model: the configuration that ENV, ALGO and LAUNCHER choose.
-# --dry-run prints the plan: what, how many bytes, from where, why.
+# --dry-run (or DRY_RUN=1) prints the plan: what, how many bytes, from where, why.
 # Settings: S3_BUCKET_NAME S3_ENDPOINT_URL AWS_* WMTP_APP_ROOT WMTP_CACHE_DIR WMTP_CACHE_MAX_GB WMTP_STORAGE_RETRIES
 #   WMTP_STORAGE_RETRY_WAIT_S WMTP_STORAGE_STALL_S (these win over the storage.* keys)
 #   WMTP_SYNC_FIRST a folder to which settings and tokenizers come before any weights
@@ -43,14 +43,17 @@ cleanup() {
   if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
 }
 
-# item LABEL WHY [URI]: the bucket has it under models/ or datasets/, unless a URI of its own says where.
+# item LABEL WHY [URI]: the bucket has it under models/, unless a URI of its own says where.
 item() {
-  local label=$1 name=${1#dataset:}
+  local label=$1 name=${1#dataset:} from
   check_name "$name"
+  from=$(prefix_of "$name")
+  if [[ ${3:-} == s3://* ]]; then from=${3%/}; fi
+  [[ ${PREFIX[$label]:-$from} == "$from" ]] ||
+    die 2 "$label: both ${PREFIX[$label]} and $from" 'the last part of an address names the folder here' 'another name for one of them in the bucket'
   [[ -z ${NAME[$label]:-} ]] || return 0
-  ITEMS+=("$label") NAME[$label]=$name WHY[$label]=$2 PREFIX[$label]=$(prefix_of "$name") LINK[$label]=$MODELS/$name
+  ITEMS+=("$label") NAME[$label]=$name WHY[$label]=$2 PREFIX[$label]=$from LINK[$label]=$MODELS/$name
   if [[ $label != "$name" ]]; then LINK[$label]=$(dirname "$MODELS")/datasets/.synced/$name; fi
-  if [[ ${3:-} == s3://* ]]; then PREFIX[$label]=${3%/}; fi
 }
 
 # Storage keys and what is needed, in the order in which the trainer reads it.
@@ -87,7 +90,7 @@ choose_store() {
 }
 
 main() {
-  local dry=0 name
+  local dry=${DRY_RUN:-0} name
   local -a only=() all=() SETTINGS=()
   while (($#)); do
     case $1 in
@@ -113,7 +116,7 @@ main() {
   MODELS=$(realpath -ms -- "${WMTP_APP_ROOT:-/app}")/models AGAIN="scripts/sync_models.sh${SETTINGS[*]:+ ${SETTINGS[*]}}${only[*]/#/ --model }"
   if ((${#SETTINGS[@]})); then read_configuration; fi
   store_environment
-  for name in "${only[@]}"; do item "$name" 'was named'; done
+  for name in "${only[@]}"; do check_name "$name" && item "$name" 'was named'; done
   ((${#ITEMS[@]})) || die 2 'no model to sync' '--model NAME, or a configuration that names models' 'scripts/sync_models.sh --help'
   transfer_settings
   need_cmd setpriv 'Linux: apt-get install util-linux'
