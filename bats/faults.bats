@@ -96,6 +96,21 @@ refused() { [[ ! -L $WMTP_APP_ROOT/models/$name && ! -e $WMTP_APP_ROOT/models/$n
   [[ $stderr == *warn*' 2 s'* ]]
 }
 
+@test "faults: 12 when what proves the files is killed while the link is silent" {
+  make_shards 1 3000000
+  between 'stall:key=*/shard-1.bin,bytes=1000000'
+  WMTP_STORAGE_RETRIES=1 sync >"$work/out" 2>"$work/story" 3>&- &
+  local pid='' i rc=0
+  for ((i = 0; i < 100; i++)); do
+    pid=$(pgrep -f "wmtp.manifest accept .*$BATS_TEST_TMPDIR") && [[ $(wc -c "$WMTP_APP_ROOT"/models/.store/.staging/*/part/* 2>/dev/null | tail -n 1) =~ [1-9] ]] && break
+    sleep 0.1
+  done
+  kill -KILL "$pid"
+  wait $! || rc=$?
+  ((rc == 12))
+  grep -q 'no byte moved for 2 s' "$work/story"
+}
+
 @test "faults: a flipped byte is found, and mended by a later try" {
   make_shards 2 60000
   between flip:bytes=30000,key=*/shard-1.bin,first=1

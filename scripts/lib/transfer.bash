@@ -70,11 +70,12 @@ transfer() {
   WATCHER=$!
   wait "$READER" || rc=$?
   READER=''
+  # Watched to its end: a reader that was killed leaves it to what may be a silent link.
+  wait "$CLIENT" 2>/dev/null || sent=$?
+  CLIENT=''
   kill -KILL "$WATCHER" 2>/dev/null || true
   wait "$WATCHER" 2>/dev/null || true
   WATCHER=''
-  wait "$CLIENT" 2>/dev/null || sent=$?
-  CLIENT=''
   if [[ -s $TEMP/lacking.now ]]; then mv -f "$TEMP/lacking.now" "$TEMP/lacking"; fi
   if [[ -e $TEMP/stalled ]]; then log "$STAGE" "warn  $name: no byte moved for $STALL s; the client was stopped"; fi
   if ((rc && sent)); then
