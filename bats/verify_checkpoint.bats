@@ -59,6 +59,13 @@ nothing_left() { [[ -z $(ls -A "$TMPDIR") ]]; }
   nothing_left
 }
 
+@test "verify-checkpoint: a comma is no obstacle where it is the decimal point" {
+  mkdir "$work/locales"
+  localedef -i de_DE -f UTF-8 "$work/locales/de_DE.UTF-8" 2>/dev/null || skip 'needs localedef and the sources of locales (Debian: apt-get install locales)'
+  LOCPATH="$work/locales" LC_ALL=de_DE.UTF-8 run -0 --separate-stderr drill
+  [[ $output == *'"step": 8'* ]]
+}
+
 @test "verify-checkpoint: STEP says which one" {
   STEP=4 run -0 --separate-stderr drill
   [[ $output == *'"step": 4'* ]]

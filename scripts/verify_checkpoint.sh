@@ -107,7 +107,7 @@ fetch() {
 }
 
 main() {
-  local rc=0 began=$EPOCHREALTIME staging KEEP='' FROM='' MANIFEST='' FILES=0 BYTES=0
+  local rc=0 began=${EPOCHREALTIME/,/.} staging KEEP='' FROM='' MANIFEST='' FILES=0 BYTES=0
   case ${1:-} in
     -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
     --keep) KEEP=${2:-} && shift $(($# > 1 ? 2 : 1)) && [[ -n $KEEP ]] || die 2 '--keep has no folder' '--keep DIR' 'scripts/verify_checkpoint.sh --help' ;;
