@@ -154,6 +154,14 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   whole
 }
 
+@test "publish: 1 and no manifest when the name was taken over at the last moment" {
+  make_model
+  client_that "\"$real\" \"\$@\"; echo 'elsewhere 12 now boot-ns 5 token' | \"$real\" pipe 's3://$S3_BUCKET_NAME/models/$name/.publishing'"
+  run -1 --separate-stderr publish_again
+  [[ $stderr == *'another publisher took it over'* && $(keys) == *.publishing* ]]
+  run -1 published
+}
+
 @test "publish: goes on without asking and uploads only what lacks when it was killed" {
   make_model 12000000
   client_that "\"$real\" \"\$@\"; : >'$work/sent'; sleep 60"

@@ -10,7 +10,7 @@ told() {
   line=$(awk -v n="$NAME" -v s="$1" -v t="$2" -v d="$3" 'BEGIN {
     if (s > t) s = t
     share = t ? s / t : 1; bar = substr("####################", 1, int(share * 20)); rate = d ? s / d : 0
-    left = rate ? sprintf("%.0f s left", (t - s) / rate) : "waiting"
+    left = rate >= 1000 ? sprintf("%.0f s left", (t - s) / rate) : "waiting"
     printf "%s  [%s%s] %3.0f %%  %.1f of %.1f MB  %.0f MB/s  %s", n, bar, substr("--------------------", 1, 20 - length(bar)), share * 100, s / 1e6, t / 1e6, rate / 1e6, left}')
   if coloured; then printf '\rUpload    %s\e[K' "$line" >&2; else log Upload "$line"; fi
 }
