@@ -133,8 +133,8 @@ class Publish:
         """Begins at once; paths as their hashes are known, each kept as it comes."""
         known: list[str] = []
         todo: dict[Future[Hashes], str] = {}
-        # Not to be waited for when something else ends this process.
-        pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        # Not to be waited for when something else ends this process. One core is left to the client.
+        pool = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) - 1)))
         for path in paths:
             if path in self.hashes:
                 known.append(path)
