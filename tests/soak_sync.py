@@ -189,16 +189,21 @@ class Watcher:
 class World:
     """A model in the bucket, and machines that share a store."""
 
-    def __init__(self, folder: Path, draw: random.Random) -> None:
-        self.folder, self.draw, self.name = folder, draw, f"soak-{uuid.uuid4().hex[:8]}"
-        self.cache, self.source = folder / "cache", folder / "from" / self.name
+    def __init__(self, folder: Path, draw: random.Random, name: str) -> None:
+        self.folder, self.draw, self.name = folder, draw, name
+        self.cache, self.source = folder / "cache", folder / "from" / name
         (self.source / "sub dir").mkdir(parents=True)
+        self.cache.mkdir(exist_ok=True)
         self.sizes = {"config.json": 20, "a.bin": 1_900_000, "b.bin": 1_200_000, "sub dir/ü*": 300_000, "empty": 0}
         self.files, self.digest, self.count = dict[str, str](), "", 0
-        self.clear()
-        for path, size in self.sizes.items():
-            (self.source / path).write_bytes(draw.randbytes(size))
+        for path in self.sizes:
+            self.write(self.source, path)
         self.publish(change=False)
+
+    def write(self, folder: Path, path: str) -> None:
+        """Another content of the same size for one of the files."""
+        data = self.draw.randbytes(size := self.sizes[path])
+        (folder / path).write_bytes(json.dumps(data.hex()[: size - 2]).encode() if path.endswith(".json") else data)
 
     def clear(self) -> None:
         """Nothing is here; in one rename each, as an eviction does it."""
@@ -211,14 +216,14 @@ class World:
     def publish(self, change: bool = True) -> None:
         """Another version: some of its files are new."""
         for path in self.draw.sample(["config.json", "a.bin", "b.bin"], self.draw.randint(1, 3)) if change else []:
-            (self.source / path).write_bytes(self.draw.randbytes(self.sizes[path]))
+            self.write(self.source, path)
         stage = Stage(self.story(), "publish_models.sh", "--force", "--from", str(self.source.parent), self.name)
         assert stage.code() == 0, stage.told()
         self.files, self.digest = content(self.source), stage.out.read_text().split()[1]
 
     def story(self) -> Path:
         self.count += 1
-        return self.folder / "stories" / f"{self.count:04}.err"
+        return self.folder / "stories" / f"{self.name}-{self.count:04}.err"
 
     def link(self, machine: int = 0) -> Path:
         return self.folder / "apps" / str(machine) / "models" / self.name
@@ -295,6 +300,8 @@ def kill(world: World, seconds: float) -> tuple[str, list[str]]:
         if remains := left():
             problems.append(f"processes were left: {remains}")
         where = "end" if over else world.phase()
+        if world.link().is_symlink() and not (world.cache / ".used" / world.link().resolve().name).is_dir():
+            problems.append("a link that an eviction by another machine does not know of")
         if again:
             world.publish()
         proved = world.proved()
@@ -412,17 +419,25 @@ def main() -> int:
     if args.watch:
         watch(args.watch)
         return 0
-    draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="wmtp-soak-") as name:
         folder = Path(name)
         (folder / "stories").mkdir()
         (folder / "tmp").mkdir()
         os.environ["TMPDIR"] = str(folder / "tmp")  # what is killed leaves its temporary folder
+        draw, token = random.Random(args.seed), f"soak-{uuid.uuid4().hex[:8]}"
+        if args.day:
+            from soak_day import Day  # type: ignore[import-not-found]
+
+            say(f"day: {args.day} operations, seed {args.seed}")
+            day = Day(folder, draw, token)
+            return tally(day.rounds(args.day), Watcher(*day.places), folder / "stories")
         say(f"delivery: {args.kills} kills of the sync, seed {args.seed}")
-        world = World(folder, draw)
+        world = World(folder, draw, token)
         watcher = Watcher(world.cache, world.link(0).parent, world.link(1).parent)
         return tally(kills(world, args.kills, args.kills_only), watcher, folder / "stories")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from soak_sync import main as this  # type: ignore[import-not-found]  # the module that soak_day knows: one MARK
+
+    sys.exit(this())
