@@ -28,8 +28,9 @@ point() {
   # A store in the folder itself may move with it.
   if [[ $target == "$(dirname "$link")/"* ]]; then target=${target#"$(dirname "$link")/"}; fi
   [[ $(readlink "$link" || true) != "$target" ]] || return 0
-  ln -sfn "$target" "$(dirname "$link")/.link-$(basename "$link")"
-  mv -T "$(dirname "$link")/.link-$(basename "$link")" "$link"
+  # A name of its own: another sync may put another version there at the same time.
+  ln -sfn "$target" "$(dirname "$link")/.link-$(basename "$link").$$"
+  mv -T "$(dirname "$link")/.link-$(basename "$link").$$" "$link"
 }
 
 # register DIGEST LINK: for `make cache`, and against eviction by a machine that can't see this one's links.

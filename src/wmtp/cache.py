@@ -88,7 +88,7 @@ def _users(store: Path, digest: str, links: Path) -> tuple[float, list[str]]:
     target, last, users = store / digest, 0.0, []
     for link in (links, links.parent / "datasets" / ".synced"):
         for path in sorted(link.iterdir()) if link.is_dir() else ():
-            if path.is_symlink() and path.resolve() == target.resolve():
+            if path.is_symlink() and not path.name.startswith(".") and path.resolve() == target.resolve():
                 users.append(str(path))
     for record in sorted((store / USED / digest).glob("*")):
         host, _, where = record.read_text(encoding="utf-8").strip().partition("\t")
