@@ -87,6 +87,15 @@ two_versions() {
   [[ $stderr == *evicted* && ! -e $WMTP_CACHE_DIR/$old && -d $WMTP_CACHE_DIR/$new ]]
 }
 
+@test "cache: nothing is evicted for a model that would not fit anyway" {
+  two_versions
+  name=large-$name
+  printf '{"format": 1, "name": "%s", "files": [{"path": "w", "bytes": 900000000000000, "blake3": "%064d"}], "total_bytes": 900000000000000, "created": "2026-01-01T00:00:00+00:00", "tool": "t"}' \
+    "$name" 0 | put "$name/manifest.json"
+  run -10 --separate-stderr "$repo/scripts/sync_models.sh" --model "$name"
+  [[ -d $WMTP_CACHE_DIR/$old && -d $WMTP_CACHE_DIR/$new ]]
+}
+
 @test "cache: 2 when there is no store" {
   WMTP_CACHE_DIR="$work/none" run -2 --separate-stderr cache
 }

@@ -62,9 +62,9 @@ print(json.dumps({a: int(b) if a in ("files", "bytes", "here_bytes") else b for 
   done
 }
 
-# The sum of what is missing against the disk; what nobody uses makes room.
-need_room() {
-  local label needed=0 here free
+# The sum of what is missing.
+missing_bytes() {
+  local label needed=0 here
   for label in "${ITEMS[@]}"; do
     [[ ${STATE[$label]} == new ]] || continue
     # Sums beyond 63 bits would wrap: no disk holds them.
@@ -72,15 +72,22 @@ need_room() {
     here=$((${BYTES[$label]} - ${HERE[$label]}))
     needed=$((needed + (here > 0 ? here : 0)))
   done
-  free=$(free_bytes "$STORE")
+  printf '%s\n' "$needed"
+}
+
+# It is held against the disk; where that helps, what nobody uses makes room.
+need_room() {
+  local needed free
+  needed=$(missing_bytes) free=$(free_bytes "$STORE")
   log sync "$(mb "$needed") MB to fetch from s3://$S3_BUCKET_NAME to $STORE, $(mb "$free") MB free"
   if ((! dry && ${#needed} <= 18 && needed > free)); then
     collect
     free=$(free_bytes "$STORE")
-  fi
-  if ((! dry && ${#needed} <= 18 && needed > free)); then
-    evict "$((needed - free))" "${DIGEST[@]}"
-    free=$(free_bytes "$STORE")
+    if ((needed > free && needed <= free + $(spare_bytes "${DIGEST[@]}"))); then
+      evict "$((needed - free))" "${DIGEST[@]}"
+      survey # a version that went may have had files that were counted as here
+      needed=$(missing_bytes) free=$(free_bytes "$STORE")
+    fi
   fi
   ((${#needed} <= 18 && needed <= free)) ||
     die 10 "$(mb "$needed") MB needed, $(mb "$free") MB free in $STORE" 'all models of a run fit before the first byte moves' \

@@ -23,6 +23,9 @@ evict() {
   done < <(python -m wmtp.cache spare "$STORE" "$MODELS" "${@:2}")
 }
 
+# spare_bytes DIGEST…: what an eviction could free at most; the DIGESTs are wanted.
+spare_bytes() { python -m wmtp.cache spare "$STORE" "$MODELS" "$@" | awk '{s += $3} END {printf "%.0f", s}'; }
+
 # within GB DIGEST…: brings the store under a size where one is set.
 within() {
   [[ -n $1 ]] || return 0
