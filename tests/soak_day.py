@@ -163,6 +163,7 @@ class Day:
         self.kept = Counter[str]()
         """The step that a run was told to be in the bucket."""
         self.codes: dict[str, Counter[int | str]] = {kind: Counter() for kind in CODES}
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of what a killed process could not give back
 
     @property
     def places(self) -> list[Path]:

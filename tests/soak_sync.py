@@ -279,6 +279,7 @@ def kill(world: World, seconds: float) -> tuple[str, list[str]]:
         "verification": world.arrived,
         "promotion": lambda: all((world.staging / "files" / path).is_file() for path in world.sizes),
         "linking": world.target.is_dir,
+        "the end": lambda: world.link().resolve() == world.target,
     }
     draw, second = world.draw, None
     aim, moment = draw.choice(["time", "time", "time", *aims]), draw.uniform(0, 1.1 * seconds)

@@ -96,8 +96,9 @@ sync_one() {
       *) failed_tries "$rc" "$label" "$AGAIN" ;;
     esac
   done
-  point "$link" "$target"
+  # In this order: a link that a kill leaves unknown to others would be evicted under its reader.
   register "${DIGEST[$label]}" "$link" || log sync "warn  $label: its use can't be noted in $STORE/.used: another machine may evict it"
+  point "$link" "$target"
   exec 9>&-
   told "$label" "$fetched" "$began" "$cache"
 }
