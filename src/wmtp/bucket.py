@@ -69,7 +69,7 @@ def listed(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
         return {"path": path, "bytes": item["Size"], "etag": item["ETag"].strip('"'), "crc64nvme": crc}
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(looked_at, (o for o in found if not o["Key"].endswith("/"))))
+        return list(pool.map(looked_at, (o for o in found if not o["Key"].endswith(("/", "/.publishing")))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
