@@ -1112,7 +1112,12 @@ def test_what_is_left_out_has_the_default_of_the_reference(recipe: Path, tmp_pat
     assert judged(VESSL, recipe, {VESSL: least, recipe: pruned(tree_of(recipe))}, set(), tmp_path)
 
 
-FRACTIONS = {"launcher.resources.gpu_memory_gb", "launcher.max_hours", "launcher.price_per_hour"}
+FRACTIONS = {
+    "launcher.resources.gpu_memory_gb",
+    "launcher.max_hours",
+    "launcher.price_per_hour",
+    "storage.cache_max_gb",
+}
 COUNTS = {"train.max_steps", "pretrain.max_steps", "loss.chunk_positions"}
 
 
