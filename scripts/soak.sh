@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Usage: [SEED=1] [ALGO=critic-wmtp] [STAGES="training sync train"] [SIGNALS="INT KILL"] scripts/soak.sh
+# Usage: [SEED=1] [ALGO=critic-wmtp] [STAGES="delivery sync train"] [SIGNALS="INT KILL"] scripts/soak.sh
+# `delivery`: 100 kills of a sync under a watcher, several syncs at once, a reader beside one (tests/soak_sync.py). `day`: 200
+# syncs, publishes, evictions and uploads in random order under random faults; store and bucket must verify clean.
 # `training`: 30 kills of a run of 60 steps of each algorithm, whose losses must not change (tests/soak_train.py), and a
 # notice to stop in each of its phases, through torchrun. Then it interrupts `make minitest` in each of its stages, by
 # Ctrl-C and by kill -9 of one of its processes, at seeded moments.
@@ -118,9 +120,14 @@ main() {
   git clone -q "$ROOT" "$HERE/clone"
   ln -s "$ROOT/.venv" "$HERE/clone/.venv"
   touch "$ROOT/.venv/.installed" # else the clone's newer files would have it installed again, from there
-  log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
-  for stage in ${STAGES:-training ${ORDER[@]}}; do
-    if [[ $stage == training ]]; then
+  log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-delivery day training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
+  for stage in ${STAGES:-delivery day training ${ORDER[@]}}; do
+    if [[ $stage == delivery || $stage == day ]]; then
+      local -a what=()
+      if [[ $stage == day ]]; then what=(--day 200); fi
+      OMP_NUM_THREADS=1 tally scripts/bucket.sh run "build/soak/$stage" -- python tests/soak_sync.py --seed "${SEED:-1}" "${what[@]}"
+      continue
+    elif [[ $stage == training ]]; then
       OMP_NUM_THREADS=1 PYTHONPATH=tests tally python tests/soak_train.py --seed "${SEED:-1}"
       # What `make test` does with forked ranks, as a node starts them: a notice in every phase.
       WMTP_TEST_TORCHRUN=1 OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- pytest -q tests/test_train.py -k sigterm
