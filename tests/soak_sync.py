@@ -87,6 +87,9 @@ class Stage:
                 start_new_session=True,
             )
 
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -289,13 +292,13 @@ def kill(world: World, seconds: float) -> tuple[str, list[str]]:
         stage, began = world.sync(slow), time.monotonic()
         if beside:
             second = world.sync(fast, machine=1)
-        while stage.process.poll() is None:
+        while stage.alive():
             with contextlib.suppress(FileNotFoundError):  # looked at while it changes
                 if time.monotonic() - began > moment if aim == "time" else aims[aim]():
                     break
             time.sleep(0.0005)
         time.sleep(late if aim != "time" else 0)
-        over = stage.process.poll() is not None
+        over = not stage.alive()
         stage.kill()
         problems = [f"beside it: {what}" for what in world.problems(second, 1, alone=False)] if second else []
         if remains := left():
