@@ -26,3 +26,18 @@ setup() {
   run -5 --separate-stderr "$work/stage.sh" retry 2 0 bash -c 'exit 5'
   [[ $stderr == *'try 1 of 2'* && $stderr != *'try 2 of 2'* ]]
 }
+
+@test "common: what is bounded in time ends in time, and ends when its stage is killed" {
+  run -124 --separate-stderr "$work/stage.sh" bounded 0.2 sleep 60
+  setsid "$work/stage.sh" bounded 60 sh -c 'echo $$ >"$0"; exec sleep 60' "$work/pid" 3>&- &
+  local stage=$! pid
+  until [[ -s $work/pid ]]; do sleep 0.05; done
+  pid=$(<"$work/pid")
+  kill -KILL -- "-$stage"
+  for _ in {1..50}; do
+    kill -0 "$pid" 2>/dev/null || return 0
+    sleep 0.1
+  done
+  kill -KILL "$pid"
+  return 1
+}

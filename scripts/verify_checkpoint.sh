@@ -55,7 +55,7 @@ read_configuration() {
 # whole_steps: steps that have their marker, oldest first, into the array STEPS.
 whole_steps() {
   local rc=0
-  timeout -k 1 60 "$S5CMD" --retry-count 2 ls "$BASE/$NAME/step-*/.complete" >"$TEMP/markers" 2>"$TEMP/client.log" || rc=$?
+  bounded 60 "$S5CMD" --retry-count 2 ls "$BASE/$NAME/step-*/.complete" >"$TEMP/markers" 2>"$TEMP/client.log" || rc=$?
   if ((rc)) && ! grep -q 'no object found' "$TEMP/client.log"; then
     fetch_manifest "$NAME" "$TEMP/none" "$BASE/$NAME" || true # it says why, and ends the stage
     die 11 "$BASE/$NAME can't be listed: $(head -c 200 "$TEMP/client.log")" 'markers say which checkpoints are whole' 'again'
@@ -74,7 +74,7 @@ choose_step() {
 
 # what_it_holds: $MANIFEST; of a checkpoint of before, which has none, it holds the sizes that its marker lists.
 what_it_holds() {
-  timeout -k 1 60 "$S5CMD" cat "$FROM/.complete" >"$TEMP/marker" 2>"$TEMP/client.log" ||
+  bounded 60 "$S5CMD" cat "$FROM/.complete" >"$TEMP/marker" 2>"$TEMP/client.log" ||
     die 11 "$FROM/.complete can't be read: $(head -c 200 "$TEMP/client.log")" 'the marker lists the files' 'again'
   MANIFEST=$TEMP/manifest.json
   if ! fetch_manifest "$NAME, step $STEP" "$MANIFEST" "$FROM"; then

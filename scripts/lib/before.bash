@@ -13,7 +13,7 @@ read_manifests() {
   local -A fetching=()
   for label in "${ITEMS[@]}"; do
     MANIFEST["$label"]=$TEMP/$label.json
-    { timeout -k 1 20 "$S5CMD" --log error --retry-count 1 cat "${PREFIX[$label]}/manifest.json" 2>/dev/null | head -c 67108865 >"$TEMP/$label.json"; } &
+    { bounded 20 "$S5CMD" --log error --retry-count 1 cat "${PREFIX[$label]}/manifest.json" 2>/dev/null | head -c 67108865 >"$TEMP/$label.json"; } &
     fetching[$label]=$!
   done
   for label in "${ITEMS[@]}"; do
@@ -99,7 +99,7 @@ accelerate() {
   [[ -n $ACCELERATE ]] || return 0
   if [[ -n ${S3_ENDPOINT_URL:-} ]]; then
     log sync "warn  storage.accelerate is AWS's own: not used with $S3_ENDPOINT_URL"
-  elif [[ $(timeout -k 1 40 aws s3api get-bucket-accelerate-configuration --bucket "$S3_BUCKET_NAME" --query Status --output text 2>/dev/null) == Enabled ]]; then
+  elif [[ $(bounded 40 aws s3api get-bucket-accelerate-configuration --bucket "$S3_BUCKET_NAME" --query Status --output text 2>/dev/null) == Enabled ]]; then
     VIA=(env S3_ENDPOINT_URL=https://s3-accelerate.amazonaws.com)
   else
     log sync "warn  storage.accelerate: $S3_BUCKET_NAME has no acceleration, or this key may not ask: not used"

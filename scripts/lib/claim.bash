@@ -9,7 +9,7 @@ aws_s3api() {
   shift
   local -a endpoint=()
   if [[ -n ${S3_ENDPOINT_URL:-} ]]; then endpoint=(--endpoint-url "$S3_ENDPOINT_URL"); fi
-  setpriv --pdeathsig KILL timeout -k 1 90 aws "${endpoint[@]}" --cli-connect-timeout 5 --cli-read-timeout 30 \
+  bounded 90 aws "${endpoint[@]}" --cli-connect-timeout 5 --cli-read-timeout 30 \
     s3api "$verb" --bucket "$S3_BUCKET_NAME" "$@"
 }
 
@@ -29,7 +29,7 @@ put_if() {
 
 # read_object KEY [SECONDS]: its content; 1 where it is not there, 2 where nobody answers.
 read_object() {
-  timeout -k 1 "${2:-60}" "$S5CMD" --log error cat "$PREFIX/$1" 2>"$WORK/read" | head -c 67108865 && return 0 # said: in a trap, a bare return gives what was before
+  bounded "${2:-60}" "$S5CMD" --log error cat "$PREFIX/$1" 2>"$WORK/read" | head -c 67108865 && return 0 # said: in a trap, a bare return gives what was before
   if grep -q 'not found' "$WORK/read"; then return 1; else return 2; fi
 }
 

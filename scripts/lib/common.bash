@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by every stage: log die refuse need_env need_cmd no_arguments act copy_whole retry, ROOT, PATH. Nothing that only one stage
-# uses.
+# Sourced by every stage: log die refuse need_env need_cmd no_arguments act copy_whole retry bounded, ROOT, PATH. Nothing that only
+# one stage uses.
 # STAGE (default: the script's name) is the first word of each line on standard error.
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
   echo "FAIL  bash $BASH_VERSION is too old: 4.4 or later (macOS: brew install bash)" >&2
@@ -115,6 +115,14 @@ retry() {
     sleep "$wait"
   done
   return "$rc"
+}
+
+# bounded SECONDS COMMAND…: ended after so long, and with this shell however that dies: `timeout` has a group of its own, which
+# a kill of this one's does not reach.
+bounded() {
+  local -a tied=()
+  if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig KILL --); fi
+  "${tied[@]}" timeout -k 1 "$1" "${tied[@]}" "${@:2}"
 }
 
 # usage FILE: prints a script's header, which is its --help.

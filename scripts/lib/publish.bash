@@ -17,7 +17,7 @@ prove() {
 
 # Both die with this shell: what still removes or lists is another publisher's trouble.
 client() {
-  setpriv --pdeathsig KILL timeout -k 1 300 setpriv --pdeathsig KILL "$S5CMD" --json --retry-count 3 "$@" 2>"$WORK/said"
+  bounded 300 "$S5CMD" --json --retry-count 3 "$@" 2>"$WORK/said"
 }
 
 client_said() { sed -nE 's/.*"error":"(.*)"\}?$/\1/p' "$WORK/${1:-said}" | tr -s '\n' ' ' | cut -c1-300; }

@@ -6,7 +6,7 @@ list_published() {
   local kind
   : >"$1"
   for kind in models datasets; do
-    setpriv --pdeathsig KILL timeout -k 1 300 "$S5CMD" --json --retry-count 3 ls "s3://$S3_BUCKET_NAME/$kind/*" >>"$1" 2>"$1.said" ||
+    bounded 300 "$S5CMD" --json --retry-count 3 ls "s3://$S3_BUCKET_NAME/$kind/*" >>"$1" 2>"$1.said" ||
       grep -q 'no object found' "$1.said" || {
       # One small request names the reason.
       fetch_manifest .alive "$1.alive" || true

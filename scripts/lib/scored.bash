@@ -8,7 +8,7 @@ scores_kept() {
   disk=$(python -c 'import sys; from wmtp.paths import PathResolver; print(PathResolver().resolve(sys.argv[1])[1])' "$where")
   [[ ! -e $disk/.scores/$1/.complete ]] || return 0
   [[ $CHECKPOINTS == s3://* ]] || return 1
-  [[ -n $(timeout -k 1 40 "$S5CMD" --retry-count 1 ls "${CHECKPOINTS%/}/.scores/$1/.complete" 2>/dev/null) ]]
+  [[ -n $(bounded 40 "$S5CMD" --retry-count 1 ls "${CHECKPOINTS%/}/.scores/$1/.complete" 2>/dev/null) ]]
 }
 
 # drop_scored: takes the models out of ITEMS whose scores are kept; needs every manifest in TEMP. One that is here already

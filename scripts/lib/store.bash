@@ -28,7 +28,7 @@ fetch_manifest() {
   local -a endpoint=()
   if [[ -n ${S3_ENDPOINT_URL:-} ]]; then endpoint=(--endpoint-url "$S3_ENDPOINT_URL"); fi
   # One byte more than a manifest may have: its size is judged, not trusted.
-  said=$(timeout -k 1 40 aws "${endpoint[@]}" --cli-connect-timeout 5 --cli-read-timeout 10 s3api get-object \
+  said=$(bounded 40 aws "${endpoint[@]}" --cli-connect-timeout 5 --cli-read-timeout 10 s3api get-object \
     --bucket "$bucket" --key "${prefix#*/}/manifest.json" --range bytes=0-67108864 "$2" 2>&1 >/dev/null) || rc=$?
   ((rc)) || return 0
   said=$(tr -s '\n' ' ' <<<"$said")
