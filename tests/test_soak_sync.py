@@ -16,7 +16,8 @@ SOAK = Path(__file__).with_name("soak_sync.py")
 
 
 def test_five_kills_of_the_sync_leave_nothing_half_done(prefix: str) -> None:
-    command = [sys.executable, str(SOAK), "--kills", "5", "--kills-only", "--seed", "31"]  # one of each aim
+    # Of this seed each phase is aimed at, and no round begins with a publish, which takes as long as all else.
+    command = [sys.executable, str(SOAK), "--kills", "5", "--kills-only", "--seed", "112"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "7 passed, 0 failed\n"  # an undisturbed sync before them, and the watcher
