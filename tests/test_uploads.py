@@ -49,6 +49,17 @@ def queue(bucket: Bucket) -> tuple[Uploads, list[tuple[str, bool]]]:
     return Uploads(bucket, lambda folder, arrived: ended.append((folder.name, arrived))), ended
 
 
+def failed(step: Path) -> tuple[Bucket, Uploads]:
+    """A bucket that is back, and a queue whose step has used its tries while it was away."""
+    bucket = Bucket(retries=1)
+    bucket.away = ALL
+    waiting, _ = queue(bucket)
+    waiting.add(step)
+    until(waiting, step)
+    bucket.away = set()
+    return bucket, waiting
+
+
 def until(uploads: Uploads, folder: Path) -> None:
     """Wait until a folder has used its tries."""
     with uploads.changed:
@@ -96,12 +107,7 @@ def test_what_was_on_its_way_when_the_run_ended_has_a_round_of_its_own(steps: li
 
 def test_what_failed_is_tried_again_while_the_run_goes_on(steps: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "AGAIN_S", 0.05)
-    bucket = Bucket(retries=1)
-    bucket.away = ALL
-    waiting, _ = queue(bucket)
-    waiting.add(steps[1])
-    until(waiting, steps[1])
-    bucket.away = set()
+    bucket, waiting = failed(steps[1])
     with waiting.changed:
         assert waiting.changed.wait_for(lambda: waiting.newest == 1, 20)
     waiting.close()
@@ -123,12 +129,7 @@ def test_a_newer_step_ends_the_tries_of_the_one_before(steps: list[Path]) -> Non
 
 
 def test_a_failed_step_is_forgotten_once_a_newer_one_is_there(steps: list[Path]) -> None:
-    bucket = Bucket(retries=1)
-    bucket.away = ALL
-    waiting, _ = queue(bucket)
-    waiting.add(steps[1])
-    until(waiting, steps[1])
-    bucket.away = set()
+    bucket, waiting = failed(steps[1])
     waiting.add(steps[2])
     waiting.close()
     assert bucket.have == ["step-2"]

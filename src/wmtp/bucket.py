@@ -56,10 +56,15 @@ def asked(call: Any, what: str) -> Any:
         raise BucketError(f"{what} does not answer: {' '.join(str(error).split())[:160]}") from None
 
 
+def objects(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
+    """What the bucket lists under a prefix, in its own words."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [o for page in asked(lambda: list(pages), f"bucket {bucket}") for o in page.get("Contents", [])]
+
+
 def listed(client: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
     """The objects under a prefix that ends with `/`: path, bytes, etag, crc64nvme (empty where there is none)."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    found = [o for page in asked(lambda: list(pages), f"bucket {bucket}") for o in page.get("Contents", [])]
+    found = objects(client, bucket, prefix)
 
     def looked_at(item: dict[str, Any]) -> dict[str, Any]:
         head = asked(lambda: client.head_object(Bucket=bucket, Key=item["Key"], ChecksumMode="ENABLED"), item["Key"])

@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from wmtp.config import Storage
-from wmtp.remote import MARKER, CheckpointError, DamagedError, Remote, step_of, tell
+from wmtp.remote import MARKER, CheckpointError, DamagedError, Remote, marked, step_of, tell, wrong_of
+from wmtp.staging import fsync
 from wmtp.uploads import Uploads
 
 # One process saves without a group on purpose.
@@ -43,11 +42,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def fsync_folder(folder: Path) -> None:
     """Bring every file under ``folder`` and the folder's own entries to disk."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        fsync(path)
 
 
 _groups: list[dist.ProcessGroup] = []
@@ -193,7 +188,7 @@ class Checkpoints:
             (final / MARKER).unlink(missing_ok=True)
             shutil.rmtree(final)
         staging.rename(final)
-        fsync_folder_entry(self.folder)
+        fsync(self.folder)
 
     def load(
         self,
@@ -203,13 +198,11 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Fill ``model`` and ``optimizer`` from ``step-N``; returns the ``trainer`` of ``save``. Collective."""
         folder = self.folder / f"step-{step}"
-        for entry in json.loads((folder / MARKER).read_text())["files"]:
-            path = folder / entry["path"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise CheckpointError(
-                    f"{path}: {entry['bytes']} bytes expected; rule: a checkpoint is used whole; "
-                    f"next: remove {folder} and start again, the one before it is used"
-                )
+        for entry in wrong_of(folder, marked(folder)):
+            raise CheckpointError(
+                f"{folder / entry.path}: {entry.bytes} bytes expected; rule: a checkpoint is used whole; "
+                f"next: remove {folder} and start again, the one before it is used"
+            )
         trainer: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -292,7 +285,7 @@ class Checkpoints:
                 continue
             fsync_folder(staging)
             staging.rename(self.folder / name)
-            fsync_folder_entry(self.folder)
+            fsync(self.folder)
             return
 
     def upload(self, folder: Path) -> None:
@@ -345,13 +338,3 @@ def local_bytes(leaf: Any) -> int:
     if isinstance(leaf, DTensor):
         leaf = leaf.to_local()
     return leaf.nbytes if isinstance(leaf, torch.Tensor) else 0
-
-
-def fsync_folder_entry(folder: Path) -> None:
-    """Bring a rename inside ``folder`` to disk."""
-    if sys.platform != "win32":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

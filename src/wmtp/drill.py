@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from wmtp.checkpoint import causes_named
-from wmtp.remote import MARKER, CheckpointError
+from wmtp.remote import MARKER, CheckpointError, marked, wrong_of
 
 BATCH = 2**30
 TOLD_EVERY_S = 5.0
@@ -30,12 +30,10 @@ TOLD_EVERY_S = 5.0
 
 def check_marker(folder: Path) -> tuple[int, int]:
     """Files and bytes that the marker lists; all of them are here. Raises CheckpointError."""
-    listed = json.loads((folder / MARKER).read_text())["files"]
-    for entry in listed:
-        path = folder / entry["path"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{entry['path']}: not the {entry['bytes']} bytes that {MARKER} says")
-    return len(listed), sum(entry["bytes"] for entry in listed)
+    listed = marked(folder)
+    for entry in wrong_of(folder, listed):
+        raise CheckpointError(f"{entry.path}: not the {entry.bytes} bytes that {MARKER} says")
+    return len(listed), sum(entry.bytes for entry in listed)
 
 
 def check_shards(folder: Path, metadata: Metadata) -> None:

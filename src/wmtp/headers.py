@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wmtp.bucket import BucketError, asked
+from wmtp.bucket import BucketError, asked, objects
 from wmtp.manifest import MANIFEST, Manifest, ManifestError, hash_file, load_manifest
 from wmtp.model import ModelError, ModelSpec
 from wmtp.weights import Stored, model_state, read_spec, read_tensors, reward_state, rows_of_embedding
@@ -71,10 +71,7 @@ class Bucket:
         self.client, self.bucket, self.into = client, bucket, into
         self.prefix = f"{prefix or f'models/{model}'}/"
         self.name, self.bytes_read = f"s3://{bucket}/{self.prefix}", 0
-        self.sizes: dict[str, int] = {}
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=self.prefix)
-        for page in asked(lambda: list(pages), f"bucket {bucket}"):
-            self.sizes |= {o["Key"].removeprefix(self.prefix): o["Size"] for o in page.get("Contents", [])}
+        self.sizes = {o["Key"].removeprefix(self.prefix): o["Size"] for o in objects(client, bucket, self.prefix)}
 
     def read(self, file: str, start: int, size: int) -> bytes:
         size = min(size, self.sizes[file] - start)

@@ -26,7 +26,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from wmtp.config import Storage
-from wmtp.manifest import COMPLETE, MANIFEST, Entry, ManifestError, create, load_manifest
+from wmtp.manifest import COMPLETE, MANIFEST, Entry, ManifestError, create, load_manifest, written
 
 MARKER = COMPLETE
 LEFTOVER_S = 3600.0  # what has no marker for so long, nobody is just uploading
@@ -280,11 +280,14 @@ def manifest_of(folder: Path) -> tuple[Entry, ...]:
         return load_manifest(final).files
     # Made beside the folder: a half of it would be one of the folder's files.
     half = folder.with_name(f".{folder.name}.{os.getpid()}.{MANIFEST}")
-    half.write_text(
-        json.dumps(create(folder, folder.name, alone=False), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    half.write_bytes(written(create(folder, folder.name, alone=False)))
     half.replace(final)
     return load_manifest(final).files
+
+
+def marked(folder: Path) -> list[Entry]:
+    """The files that a folder's marker lists, by their sizes."""
+    return [Entry(e["path"], e["bytes"], "") for e in json.loads((folder / MARKER).read_text())["files"]]
 
 
 def expected(folder: Path) -> list[Entry]:
@@ -292,7 +295,7 @@ def expected(folder: Path) -> list[Entry]:
     try:
         if (folder / MANIFEST).is_file():
             return list(load_manifest(folder / MANIFEST).files)
-        listed = [Entry(e["path"], e["bytes"], "") for e in json.loads((folder / MARKER).read_text())["files"]]
+        listed = marked(folder)
         for entry in listed:
             if not (folder / entry.path).resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{entry.path!a} climbs out of its folder")

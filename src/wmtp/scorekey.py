@@ -21,7 +21,7 @@ from typing import Any
 from wmtp import config as settings
 from wmtp.manifest import MANIFEST, Entry, ManifestError, create, hash_file, load_manifest
 from wmtp.paths import PathResolver
-from wmtp.sources import RECORD_FILES, DataError, parts_of
+from wmtp.sources import RECORD_FILES, DataError, kind_digest, parts_of
 
 FORMAT = 1
 REFERENCE, REWARD = "reference", "reward"
@@ -91,8 +91,7 @@ def data_digests(config: settings.Config, sources: Sequence[str], manifests: Pat
             names = {e.path: e.blake3 for e in load_manifest(kept).files if "/" not in e.path}
             records = sorted(name for name in names if name.endswith(RECORD_FILES))
             if records:  # what `parts_of` finds in the folder that comes
-                before = {".jsonl": "", ".parquet": "parquet:"}
-                found += [before[Path(name).suffix] + names[name] for name in records]
+                found += [kind_digest(Path(name).suffix[1:], names[name]) for name in records]
                 continue
         found += [digest for part in parts_of(folder) for digest in part.digests()]
     return found

@@ -58,8 +58,12 @@ class Part:
 
     def digests(self) -> list[str]:
         """blake3 of each file; another kind reads the same bytes otherwise, and so has other digests."""
-        before = "" if self.kind == "jsonl" else f"{self.kind}:"
-        return [before + hash_file(file) for file in self.files]
+        return [kind_digest(self.kind, hash_file(file)) for file in self.files]
+
+
+def kind_digest(kind: str, digest: str) -> str:
+    """The digest of a file that is read as ``kind``."""
+    return digest if kind == "jsonl" else f"{kind}:{digest}"
 
 
 def parts_of(folder: Path) -> list[Part]:

@@ -21,7 +21,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from wmtp.manifest import COMPLETE, LISTING, MANIFEST, Entry, Manifest, ManifestError, create, load_manifest, plain_file
+from wmtp.manifest import (
+    COMPLETE,
+    LISTING,
+    MANIFEST,
+    Entry,
+    Manifest,
+    ManifestError,
+    create,
+    load_manifest,
+    plain_file,
+    written,
+)
 
 HASHERS = min(4, os.cpu_count() or 1)
 PROVED = "proved"
@@ -36,11 +47,11 @@ def copy_line(options: str, source: str, target: str) -> str:
     return f"cp --raw {options} {shlex.quote(source)} {shlex.quote(target)}\n"
 
 
-def first_files(manifest: Manifest) -> Iterator[tuple[int, Entry]]:
-    """Settings and tokenizer: (number of the entry, entry)."""
-    for number, entry in enumerate(manifest.files):
+def first_files(manifest: Manifest) -> Iterator[Entry]:
+    """Settings and tokenizer."""
+    for entry in manifest.files:
         if "/" not in entry.path and entry.path.endswith(FIRST) and entry.bytes <= FIRST_MOST:
-            yield number, entry
+            yield entry
 
 
 def versions(store: Path) -> Iterator[tuple[Path, Manifest]]:
@@ -87,8 +98,7 @@ def plan(
         for entry in manifest.files if folder != files else ():
             if entry.blake3 and (staged := plain_file(folder, entry.path)):
                 others.setdefault(entry.blake3, []).append(staged)
-    marks = staging / PROVED
-    discarded = set(marks.read_text(encoding="utf-8").splitlines()) if marks.is_file() else set()
+    discarded = _discarded(staging)
 
     def missing(numbered: tuple[int, Entry]) -> tuple[int, Entry] | None:
         number, entry = numbered
@@ -101,6 +111,12 @@ def plan(
     shutil.rmtree(parts)
     parts.mkdir()
     return found
+
+
+def _discarded(staging: Path) -> set[str]:
+    """Paths that were proved and removed."""
+    marks = staging / PROVED
+    return set(marks.read_text(encoding="utf-8").splitlines()) if marks.is_file() else set()
 
 
 def _kept(entry: Entry, files: Path, part: Path, others: list[Path]) -> bool:
@@ -128,7 +144,7 @@ def plan_first(manifest: Manifest, folder: Path, prefix: str, options: str) -> s
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     return "".join(
-        copy_line(options, f"{prefix}/{entry.path}", str(part / entry.path)) for _, entry in first_files(manifest)
+        copy_line(options, f"{prefix}/{entry.path}", str(part / entry.path)) for entry in first_files(manifest)
     )
 
 
@@ -138,7 +154,7 @@ def accept_first(manifest: Manifest, source: Path, folder: Path) -> None:
     Raises ManifestError, OSError.
     """
     part = folder.with_name(f".{folder.name}.part")
-    for _, entry in first_files(manifest):
+    for entry in first_files(manifest):
         if what := entry.differs(part / entry.path):
             raise ManifestError(f"{entry.path}: {what}")
     shutil.copyfile(source, part / MANIFEST)
@@ -155,9 +171,7 @@ def place(part: Path, target: Path) -> None:
 
 def lacking(manifest: Manifest, staging: Path) -> list[tuple[int, Entry]]:
     """The entries without a file in staging: `plan` has just removed or proved those that had one."""
-    files, marks = staging / "files", staging / PROVED
-    discarded = set(marks.read_text(encoding="utf-8").splitlines()) if marks.is_file() else set()
-    found = []
+    files, discarded, found = staging / "files", _discarded(staging), []
     for number, entry in enumerate(manifest.files):
         path = plain_file(files, entry.path)
         if entry.path not in discarded and (path is None or path.stat().st_size != entry.bytes):
@@ -297,6 +311,7 @@ def accept(manifest: Manifest, staging: Path, discard: bool = False) -> int:
 
 
 def fsync(path: Path) -> None:
+    """Bring a file, or a folder's own entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -335,8 +350,7 @@ def finish(manifest: Manifest, source: Path, staging: Path, target: Path) -> Non
     if lacking(manifest, staging):
         raise ManifestError(f"{manifest.name}: files are missing in {files}")
     if source.parent.name == LISTING:  # nobody hashed them: what is here now is what later checks are held against
-        text = json.dumps(create(files, manifest.name), ensure_ascii=False, indent=1) + "\n"
-        (files / MANIFEST).write_text(text, encoding="utf-8")
+        (files / MANIFEST).write_bytes(written(create(files, manifest.name)))
     else:
         (files / MANIFEST).write_bytes(source.read_bytes())
     paths = list(files.rglob("*"))
