@@ -26,7 +26,7 @@ evict_wanted() {
 }
 
 main() {
-  local json=() evict=''
+  local json=() evict='' folder
   while (($#)); do
     case $1 in
       -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
@@ -37,9 +37,8 @@ main() {
   done
   need_cmd python
   need_cmd flock 'Linux: apt-get install util-linux'
-  MODELS=$(realpath -ms -- "${WMTP_APP_ROOT:-/app}")/models STORE=$MODELS/.store
-  local cache=${WMTP_CACHE_DIR:-/cache/models} folder
-  if [[ -d $cache && -w $cache ]]; then STORE=$cache; fi
+  MODELS=$(realpath -ms -- "${WMTP_APP_ROOT:-/app}")/models
+  choose_store "${WMTP_CACHE_DIR:-/cache/models}"
   [[ -d $STORE ]] || die 2 "$STORE is not there" 'a sync makes it' 'make sync, or set WMTP_CACHE_DIR or WMTP_APP_ROOT'
   log cache "$STORE, $(df --output=avail -B1000000 "$STORE" | tail -n 1 | tr -d ' ') MB free"
   if [[ -n $evict ]]; then evict_wanted "$evict"; fi

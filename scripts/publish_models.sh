@@ -18,6 +18,8 @@ STAGE=publish
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/store.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/store.bash"
+# shellcheck source=scripts/lib/transfer.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/transfer.bash"
 # shellcheck source=scripts/lib/claim.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/claim.bash"
 # shellcheck source=scripts/lib/publish.bash
@@ -25,14 +27,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/publish.bash"
 # shellcheck source=scripts/lib/upload.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/upload.bash"
 
-TEMP='' WORK='' FROM='' NAME='' PREFIX='' KIND=models FORCE=0
-RETRIES=${WMTP_STORAGE_RETRIES:-3} WAIT=${WMTP_STORAGE_RETRY_WAIT_S:-10}
-STALL=${WMTP_STORAGE_STALL_S:-30} PART_MB=${WMTP_STORAGE_PART_MB:-100}
+WORK='' FROM='' NAME='' PREFIX='' KIND=models FORCE=0
 
 cleanup() {
-  local pid
   trap '' TERM INT
-  for pid in $CLIENT $HASHER; do kill -KILL "$pid" 2>/dev/null || true; done
+  end_transfer
   release
   if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
 }
@@ -101,8 +100,9 @@ main() {
   [[ -n $FROM ]] || die 2 'no folder to publish from' '--from DIR' 'make publish-models FROM=tests/test_models'
   [[ -d $FROM ]] || die 2 "$FROM is not a folder" '--from names the folder that holds the model folders' 'name another'
   [[ $KIND == models || $KIND == datasets ]] || die 2 "--as '$KIND'" 'models or datasets' 'scripts/publish_models.sh --help'
-  [[ $RETRIES =~ ^[1-9][0-9]?$ && $WAIT =~ ^[0-9]{1,4}$ && $STALL =~ ^[1-9][0-9]{0,4}$ && $PART_MB =~ ^([5-9]|[1-9][0-9]{1,3})$ ]] ||
-    die 2 "tries '$RETRIES', wait '$WAIT', stall '$STALL', part '$PART_MB'" 'tries are 1 to 99; seconds; 5 MB or more' 'mend WMTP_STORAGE_*'
+  transfer_settings
+  PART_MB=${WMTP_STORAGE_PART_MB:-$PART_MB}
+  [[ $PART_MB =~ ^([5-9]|[1-9][0-9]{1,3})$ ]] || die 2 "part '$PART_MB'" '5 MB or more' 'mend WMTP_STORAGE_PART_MB'
   FROM=$(cd "$FROM" && pwd)
   ((${#names[@]})) || all_folders
   for name in "${names[@]}"; do
@@ -111,10 +111,7 @@ main() {
   done
   store_environment
   need_cmd setpriv 'Linux: apt-get install util-linux'
-  TEMP=$(mktemp -d)
-  trap cleanup EXIT
-  trap 'exit 143' TERM
-  trap 'exit 130' INT
+  own_temp
   log publish "${#names[@]} $KIND from $FROM to s3://$S3_BUCKET_NAME/$KIND"
   # What can't be published is known, all of it, before anything is uploaded.
   for name in "${names[@]}"; do

@@ -33,15 +33,10 @@ source "$here/scored.bash"
 # shellcheck source=scripts/lib/place.bash
 source "$here/place.bash"
 
-TEMP='' MODELS='' STORE='' CHECKPOINTS='' FIRST=${WMTP_SYNC_FIRST:-} AGAIN='' CACHE=/cache/models CACHE_MAX='' ACCELERATE=''
+MODELS='' STORE='' CHECKPOINTS='' FIRST=${WMTP_SYNC_FIRST:-} AGAIN='' CACHE=/cache/models CACHE_MAX='' ACCELERATE=''
 # Items are models by name and datasets as dataset:NAME; of each:
 ITEMS=()
 declare -A NAME=() PREFIX=() LINK=() WHY=() MANIFEST=() DIGEST=() FILES=() BYTES=() STATE=() HERE=()
-
-cleanup() {
-  end_transfer
-  if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
-}
 
 # item LABEL WHY [URI]: the bucket has it under models/, unless a URI of its own says where.
 item() {
@@ -58,15 +53,10 @@ item() {
 
 # Storage keys and what is needed, in the order in which the trainer reads it.
 read_configuration() {
-  local bucket region endpoint accelerate role name uri
-  python -m wmtp.config --env "${ENV:-${ENV_MODE:-}}" "${SETTINGS[@]}" --get storage.bucket storage.region storage.endpoint \
-    storage.accelerate storage.workers storage.part_size_mb storage.retries storage.retry_wait_s storage.stall_s \
-    storage.cache_dir storage.cache_max_gb paths.checkpoints.base_path datasets models >"$TEMP/settings" || exit
+  local accelerate role name uri
+  storage_settings storage.accelerate storage.cache_dir storage.cache_max_gb paths.checkpoints.base_path datasets models
   {
-    read -r bucket && read -r region && read -r endpoint && read -r accelerate && read -r WORKERS && read -r PART_MB
-    read -r RETRIES && read -r WAIT && read -r STALL && read -r CACHE && read -r CACHE_MAX && read -r CHECKPOINTS
-    export S3_BUCKET_NAME=${S3_BUCKET_NAME:-$bucket} AWS_DEFAULT_REGION=${AWS_DEFAULT_REGION:-$region}
-    if [[ -z ${S3_ENDPOINT_URL:-} && -n $endpoint ]]; then export S3_ENDPOINT_URL=$endpoint; fi
+    read -r accelerate && read -r CACHE && read -r CACHE_MAX && read -r CHECKPOINTS
     [[ $accelerate != true ]] || ACCELERATE=1
     ((${#only[@]} == 0)) || return 0
     while IFS=$'\t' read -r role name uri; do
@@ -77,16 +67,6 @@ read_configuration() {
       esac
     done
   } <"$TEMP/settings"
-}
-
-choose_store() {
-  STORE=$MODELS/.store CACHE=${WMTP_CACHE_DIR:-$CACHE} CACHE_MAX=${WMTP_CACHE_MAX_GB:-$CACHE_MAX}
-  [[ $CACHE_MAX =~ ^([0-9]{1,7}(\.[0-9]+)?)?$ ]] || die 2 "WMTP_CACHE_MAX_GB=$CACHE_MAX" 'a number of GB' 'export WMTP_CACHE_MAX_GB=200'
-  if [[ -d $CACHE && -w $CACHE ]]; then
-    STORE=$(cd "$CACHE" && pwd)
-  elif [[ -d $CACHE ]]; then
-    log sync "warn  $CACHE can't be written: not used as cache (next: sudo chown $(id -u) '$CACHE')"
-  fi
 }
 
 main() {
@@ -104,10 +84,7 @@ main() {
   done
   switch WMTP_NO_MANIFEST
   need_cmd python
-  TEMP=$(mktemp -d)
-  trap cleanup EXIT
-  trap 'exit 143' TERM
-  trap 'exit 130' INT
+  own_temp
   if ((${#SETTINGS[@]} == 0 && ${#only[@]} == 0)); then
     choose_settings "${ENV:-${ENV_MODE:-minitest}}" "${ALGO:-${WMTP_ALGO:-critic-wmtp}}"
     cd "$ROOT"
@@ -121,7 +98,9 @@ main() {
   transfer_settings
   need_cmd setpriv 'Linux: apt-get install util-linux'
   need_cmd flock 'Linux: apt-get install util-linux'
-  choose_store
+  CACHE_MAX=${WMTP_CACHE_MAX_GB:-$CACHE_MAX}
+  [[ $CACHE_MAX =~ ^([0-9]{1,7}(\.[0-9]+)?)?$ ]] || die 2 "WMTP_CACHE_MAX_GB=$CACHE_MAX" 'a number of GB' 'export WMTP_CACHE_MAX_GB=200'
+  choose_store "${WMTP_CACHE_DIR:-$CACHE}"
   log sync "${#ITEMS[@]} needed: ${ITEMS[*]}, bucket $S3_BUCKET_NAME ($AWS_DEFAULT_REGION)"
   read_manifests
   all=("${ITEMS[@]}")

@@ -22,12 +22,7 @@ source "$here/store.bash"
 # shellcheck source=scripts/lib/transfer.bash
 source "$here/transfer.bash"
 
-TEMP='' BASE='' PLACE=''
-
-cleanup() {
-  end_transfer
-  if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
-}
+BASE='' PLACE=''
 
 # A name is a folder in the bucket, whoever submitted the run; a number, and nothing, is looked up as by make status.
 choose_run() {
@@ -40,15 +35,8 @@ choose_run() {
 }
 
 read_configuration() {
-  local bucket region endpoint
-  python -m wmtp.config "${SETTINGS[@]}" --env "$ENV" --get storage.bucket storage.region storage.endpoint storage.workers \
-    storage.part_size_mb storage.retries storage.retry_wait_s storage.stall_s paths.checkpoints.base_path >"$TEMP/settings" || exit
-  {
-    read -r bucket && read -r region && read -r endpoint && read -r WORKERS && read -r PART_MB
-    read -r RETRIES && read -r WAIT && read -r STALL && read -r BASE
-  } <"$TEMP/settings"
-  export S3_BUCKET_NAME=${S3_BUCKET_NAME:-$bucket} AWS_DEFAULT_REGION=${AWS_DEFAULT_REGION:-$region}
-  if [[ -z ${S3_ENDPOINT_URL:-} && -n $endpoint ]]; then export S3_ENDPOINT_URL=$endpoint; fi
+  storage_settings paths.checkpoints.base_path
+  BASE=$(<"$TEMP/settings")
   [[ $BASE == s3://* ]] || die 2 "$CONFIG keeps its checkpoints in $BASE" 'the drill brings one from a bucket' 'ENV=… or CONFIG=… of a run whose checkpoints go to s3://'
 }
 
@@ -92,7 +80,7 @@ json.dump({"name": sys.argv[1], "files": files}, sys.stdout)' "step-$STEP" <"$TE
 
 fetch() {
   local staging=$1 rc=0 free
-  free=$(df --output=avail -B1 "$PLACE" | tail -n 1)
+  free=$(free_bytes "$PLACE")
   ((free > BYTES)) || die 10 "$PLACE: $(mb "$BYTES") MB are needed, $(mb "$free") MB are free" 'the whole checkpoint is brought' 'TMPDIR=… or --keep DIR on a larger disk'
   tries "$NAME, step $STEP" "$MANIFEST" "$FROM" "$staging" || rc=$?
   if ((rc == 12)) && grep -q NoSuchKey "$TEMP/client.log"; then rc=13; fi
@@ -115,10 +103,7 @@ main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"
   need_cmd python
   need_cmd setpriv 'Linux: apt-get install util-linux'
-  TEMP=$(mktemp -d)
-  trap cleanup EXIT
-  trap 'exit 143' TERM
-  trap 'exit 130' INT
+  own_temp
   choose_run
   mkdir -p "${KEEP:=$TEMP}" 2>/dev/null && PLACE=$(cd "$KEEP" && pwd) && [[ -w $PLACE ]] ||
     die 10 "$KEEP can't be written" 'the checkpoint is kept there' 'name another folder'
@@ -137,11 +122,7 @@ main() {
   [[ $MANIFEST == */.listing/* ]] || cp "$MANIFEST" "$staging/files/manifest.json"
   mv -T "$staging/files" "$PLACE/step-$STEP"
   rm -rf -- "$staging"
-  # In the background, as `manifest`: a trap waits for a foreground child.
-  setpriv --pdeathsig KILL python -m wmtp.drill "$PLACE/step-$STEP" --run "$NAME" --step "$STEP" --began "$began" &
-  HASHER=$!
-  wait "$HASHER" || rc=$?
-  HASHER=''
+  proving wmtp.drill "$PLACE/step-$STEP" --run "$NAME" --step "$STEP" --began "$began" || rc=$?
   ((rc == 0)) || die "$rc" "step $STEP of $NAME can't be restored" 'a checkpoint is one that can be read' "RUN_ID=$NAME STEP=… for an older one"
   log verify "ok: step $STEP of $NAME can be restored, $SECONDS s$([[ $PLACE == "$TEMP" ]] || printf '; it is %s' "$PLACE/step-$STEP")"
 }

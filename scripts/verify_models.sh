@@ -19,12 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/transfer.bash"
 # shellcheck source=scripts/lib/published.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/published.bash"
 
-TEMP='' DAMAGED=0
-
-cleanup() {
-  end_transfer
-  if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
-}
+DAMAGED=0
 
 # row NAME ok|damaged DIGEST BYTES
 row() {
@@ -44,7 +39,7 @@ in_bucket() {
   local name=$1 rc=0 free digest bytes files began=$SECONDS
   local -a look=()
   [[ -s $TEMP/$name.json ]] || { log verify "$name is not published" && row "$name" damaged - - && return; }
-  free=$(df --output=avail -B1 "$TEMP" | tail -n 1)
+  free=$(free_bytes "$TEMP")
   python -m wmtp.published "$TEMP/objects" "$TEMP" --one "$name" --free "$free" >"$TEMP/look" || { row "$name" damaged - - && return; }
   mapfile -t look <"$TEMP/look"
   # As many at once as the disk can hold.
@@ -113,10 +108,7 @@ main() {
   done
   need_cmd python
   need_cmd setpriv 'Linux: apt-get install util-linux'
-  TEMP=$(mktemp -d)
-  trap cleanup EXIT
-  trap 'exit 143' TERM
-  trap 'exit 130' INT
+  own_temp
   if [[ -n $from ]]; then
     if ((${#names[@]} == 0)); then
       for file in "$from"/*/manifest.json; do [[ ! -f $file ]] || names+=("$(basename "$(dirname "$file")")"); done

@@ -1,12 +1,6 @@
 # What is judged before the first byte of a model moves. Sourced by sync_models.sh only.
 # shellcheck shell=bash disable=SC2034,SC2153,SC2154
 
-free_bytes() {
-  local at=$1
-  while [[ ! -e $at ]]; do at=$(dirname "$at"); done
-  df --output=avail -B1 "$at" | tail -n 1 | tr -d ' '
-}
-
 # Every manifest is asked for at once; one that does not come is asked for again by the client that can say why.
 read_manifests() {
   local label

@@ -1,5 +1,15 @@
-# Versions that nobody uses leave the store. Sourced by sync_models.sh and cache.sh; uses STORE MODELS.
+# Where the store is, and how versions that nobody uses leave it. Sourced by sync_models.sh and cache.sh; uses MODELS.
 # shellcheck shell=bash disable=SC2153,SC2154
+
+# choose_store CACHE: STORE, and why it is not the cache.
+choose_store() {
+  STORE=$MODELS/.store
+  if [[ -d $1 && -w $1 ]]; then
+    STORE=$(cd "$1" && pwd)
+  elif [[ -d $1 ]]; then
+    log "$STAGE" "warn  $1 can't be written: not used as cache (next: sudo chown $(id -u) '$1')"
+  fi
+}
 
 # evict_one DIGEST NAME BYTES: in one rename out of everybody's sight; not while another sync has its lock.
 evict_one() {

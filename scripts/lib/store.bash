@@ -1,5 +1,30 @@
 # The bucket that holds the models: settings, one cheap request, the client. To be sourced after common.bash.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # its settings are the stages'
+
+# Of all that moves bytes:
+WORKERS=16 PART_MB=100 RETRIES=3 WAIT=10 STALL=30
+
+# storage_settings KEY…: bucket and transfer as SETTINGS say, where the environment does not; the KEYs' lines in TEMP/settings.
+storage_settings() {
+  local bucket region endpoint
+  python -m wmtp.config --env "${ENV:-${ENV_MODE:-}}" "${SETTINGS[@]}" --get storage.bucket storage.region storage.endpoint \
+    storage.workers storage.part_size_mb storage.retries storage.retry_wait_s storage.stall_s "$@" >"$TEMP/storage" || exit
+  {
+    read -r bucket && read -r region && read -r endpoint && read -r WORKERS && read -r PART_MB
+    read -r RETRIES && read -r WAIT && read -r STALL
+    cat >"$TEMP/settings"
+  } <"$TEMP/storage"
+  export S3_BUCKET_NAME=${S3_BUCKET_NAME:-$bucket} AWS_DEFAULT_REGION=${AWS_DEFAULT_REGION:-$region}
+  if [[ -z ${S3_ENDPOINT_URL:-} && -n $endpoint ]]; then export S3_ENDPOINT_URL=$endpoint; fi
+}
+
+# transfer_settings: the environment wins over what the configuration said.
+transfer_settings() {
+  RETRIES=${WMTP_STORAGE_RETRIES:-$RETRIES} WAIT=${WMTP_STORAGE_RETRY_WAIT_S:-$WAIT} STALL=${WMTP_STORAGE_STALL_S:-$STALL}
+  [[ $RETRIES =~ ^[1-9][0-9]?$ && $WAIT =~ ^[0-9]{1,4}$ && $STALL =~ ^[1-9][0-9]{0,4}$ ]] ||
+    die 2 "retries '$RETRIES', wait '$WAIT', stall '$STALL'" 'tries are 1 to 99, wait and stall are seconds' \
+      'mend WMTP_STORAGE_RETRIES, WMTP_STORAGE_RETRY_WAIT_S or WMTP_STORAGE_STALL_S'
+}
 
 # store_environment: what both clients read, credentials proved to be there.
 store_environment() {
@@ -10,7 +35,6 @@ store_environment() {
   fi
   need_cmd python
   need_cmd aws
-  # shellcheck disable=SC2034  # for the stage that sourced this
   S5CMD=$(s5cmd_bin)
 }
 

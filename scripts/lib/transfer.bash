@@ -1,21 +1,26 @@
-# Files of a manifest from the bucket into a staging folder: tries, watchdog, what is still lacking. To be sourced after
-# common.bash and store.bash. Uses TEMP S5CMD; its settings are WORKERS PART_MB RETRIES WAIT STALL.
+# Files of a manifest from the bucket into a staging folder: tries, watchdog, what is still lacking; and what every stage that
+# moves bytes leaves behind. To be sourced after common.bash and store.bash, whose settings it uses.
 # shellcheck shell=bash
 
-WORKERS=16 PART_MB=100 RETRIES=3 WAIT=10 STALL=30
-CLIENT='' READER='' HASHER='' WATCHER='' PLAN=() VIA=()
+TEMP='' CLIENT='' READER='' HASHER='' WATCHER='' PLAN=() VIA=()
 
-# transfer_settings: the environment wins over what the configuration said.
-transfer_settings() {
-  RETRIES=${WMTP_STORAGE_RETRIES:-$RETRIES} WAIT=${WMTP_STORAGE_RETRY_WAIT_S:-$WAIT} STALL=${WMTP_STORAGE_STALL_S:-$STALL}
-  [[ $RETRIES =~ ^[1-9][0-9]?$ && $WAIT =~ ^[0-9]{1,4}$ && $STALL =~ ^[1-9][0-9]{0,4}$ ]] ||
-    die 2 "retries '$RETRIES', wait '$WAIT', stall '$STALL'" 'tries are 1 to 99, wait and stall are seconds' \
-      'mend WMTP_STORAGE_RETRIES, WMTP_STORAGE_RETRY_WAIT_S or WMTP_STORAGE_STALL_S'
+# own_temp: TEMP, and a `cleanup` however the stage ends.
+own_temp() {
+  TEMP=$(mktemp -d)
+  trap cleanup EXIT
+  trap 'exit 143' TERM
+  trap 'exit 130' INT
 }
 
-# In the background: a trap waits for a foreground child, and hashing 27 GB takes its time.
-manifest() {
-  setpriv --pdeathsig KILL python -m wmtp.manifest "$@" 9>&- &
+# A stage that leaves more behind has its own.
+cleanup() {
+  end_transfer
+  if [[ -n $TEMP ]]; then rm -rf -- "$TEMP"; fi
+}
+
+# proving MODULE ARGUMENT…: in the background, since a trap waits for a foreground child, and hashing 27 GB takes its time.
+proving() {
+  setpriv --pdeathsig KILL python -m "$@" 9>&- &
   HASHER=$!
   local rc=0
   wait "$HASHER" || rc=$?
@@ -23,9 +28,17 @@ manifest() {
   return "$rc"
 }
 
+manifest() { proving wmtp.manifest "$@"; }
+
 end_transfer() {
   local pid
   for pid in $CLIENT $READER $HASHER $WATCHER; do kill -KILL "$pid" 2>/dev/null || true; done
+}
+
+free_bytes() {
+  local at=$1
+  while [[ ! -e $at ]]; do at=$(dirname "$at"); done
+  df --output=avail -B1 "$at" | tail -n 1 | tr -d ' '
 }
 
 mb() { awk -v b="$1" 'BEGIN {printf "%.1f", b / 1e6}'; }
@@ -117,11 +130,4 @@ failed_tries() {
       "$3   ($RETRIES of $RETRIES tries used; the object may be damaged: make verify-models NAME=${2#*:})" ;;
     *) die 12 "$2: the transfer failed, $RETRIES of $RETRIES tries used" 'what has arrived is kept' "$3" ;;
   esac
-}
-
-# deliver NAME MANIFEST PREFIX STAGING [--discard]: afterwards STAGING/files holds the proved files.
-deliver() {
-  local rc=0
-  tries "$@" || rc=$?
-  ((rc == 0)) || STORE=$4 failed_tries "$rc" "$1" 'the same command again'
 }
