@@ -15,14 +15,15 @@ $(call refuse,LAUNCHER,$(LAUNCHERS))
 # Only what the caller set travels on: each script knows its own defaults.
 export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
 
-STAMP := .venv/.installed
+# By content, not by time: a checkout's files may be older than an environment that lacks what they ask for.
+STAMP := .venv/.installed-$(shell cat requirements/*.txt pyproject.toml scripts/install.sh | cksum | tr ' ' -)
 
 .PHONY: help
 help: ## this list
 	@scripts/help.sh Makefile
 
-$(STAMP): requirements/run.txt requirements/dev.txt requirements/torch.txt requirements/uv.txt pyproject.toml scripts/install.sh
-	@scripts/install.sh
+$(STAMP):
+	@scripts/install.sh $(STAMP)
 
 .PHONY: install
 install: $(STAMP) ## the environment in .venv (every target does this on first use)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: scripts/install.sh
+# Usage: scripts/install.sh [STAMP]   STAMP: the file under .venv that says what is installed, as make names it
 # Makes .venv with everything a laptop needs: uv, torch (apart), the locked set with hashes, this package.
 # Environment: PYTHON (an interpreter 3.11 or 3.12), TORCH_BACKEND (auto, cpu, cu130, … as uv knows them),
 #   PIP_FIND_LINKS (a folder of wheels that torch may come from).
@@ -30,7 +30,7 @@ main() {
   local python started=$SECONDS
   python=$(find_python)
   echo "install   .venv with $("$python" --version): torch, the locked packages, wmtp" >&2
-  rm -f .venv/.installed
+  rm -f .venv/.installed*
   if [[ ! -x .venv/bin/uv ]]; then
     "$python" -m venv --clear .venv
     .venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.txt ||
@@ -46,7 +46,7 @@ main() {
   "${uv[@]}" --require-hashes -r requirements/dev.txt ||
     fail 11 'the locked packages could not be installed' 'is the package index reachable? then again: make install'
   "${uv[@]}" --no-deps --no-build-isolation -e .
-  touch .venv/.installed
+  touch "${1:-.venv/.installed}"
   echo "install   ok in $((SECONDS - started)) s" >&2
 }
 

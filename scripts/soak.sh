@@ -119,7 +119,6 @@ main() {
   rm -rf "$HERE/clone" "$HERE/failed"
   git clone -q "$ROOT" "$HERE/clone"
   ln -s "$ROOT/.venv" "$HERE/clone/.venv"
-  touch "$ROOT/.venv/.installed" # else the clone's newer files would have it installed again, from there
   log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-delivery day training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
   for stage in ${STAGES:-delivery day training ${ORDER[@]}}; do
     if [[ $stage == delivery || $stage == day ]]; then
