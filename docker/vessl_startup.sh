@@ -9,13 +9,14 @@
 #   ALLOW      keys of the recipe in which it may differ from that checkpoint, "key key …"
 # The trainer starts beside a sync that takes longer than a moment: settings and tokenizers come first, with these it reads
 # and tokenizes the data, and waits for the weights with everything else ready. When it fails, the sync is stopped.
-# Standard output: the sync's JSON lines, then the path of summary.json (beside it: vocab.json, exit.json, phases.jsonl).
+# Standard output: the sync's JSON lines, then the path of summary.json (beside it: the record of the run, python -m wmtp.record).
 # Standard error: the story.
 # Exit codes: the table of the stages: 0 done, 2 bad input, 3 missing, 10-14 models, 20 training failed,
 # 75 stopped with everything saved, 130 and 143 ended by a signal before there was anything to save.
 set -Eeuo pipefail
 shopt -s inherit_errexit
 STAGE=startup
+BEGAN=$(date +%s.%N)
 # shellcheck source=../scripts/lib/common.bash
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/common.bash"
 # shellcheck source=../scripts/lib/settings.bash
@@ -66,6 +67,7 @@ prepare() {
     leave 10 "$app/logs/$RUN_NAME: can't be written, $(free_mb "$app") MB free" 'the run keeps its files there'
   rm -f -- "$app/logs/$RUN_NAME/.room"
   if [[ -n $hours ]]; then limit_hours "$hours"; fi
+  keep_record
 }
 
 environment() {
@@ -137,7 +139,8 @@ main() {
   environment
   begin_training
   if [[ $ENV == test ]]; then log startup 'test: no sync'; else
-    stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}"
+    stage sync "$ROOT/scripts/sync_models.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}" >"$app/logs/$RUN_NAME/.sync"
+    tee -a "$app/logs/$RUN_NAME/sync.jsonl" <"$app/logs/$RUN_NAME/.sync"
   fi
   stage vocabularies "$ROOT/scripts/check_vocab.sh" "${SETTINGS[@]}" "${OVERRIDES[@]}" >"$app/logs/$RUN_NAME/.vocab.json"
   mv -f -- "$app/logs/$RUN_NAME/.vocab.json" "$app/logs/$RUN_NAME/vocab.json"

@@ -44,7 +44,7 @@ collect() {
 # kill in here is repeated.
 start_afresh() {
   [[ -e $RUN_DIR/summary.json ]] || return 0
-  rm -rf -- "${WMTP_APP_ROOT:?}/models" "$WMTP_APP_ROOT/checkpoints/${RUN_NAME:?}"
+  rm -rf -- "${WMTP_APP_ROOT:?}/models" "$WMTP_APP_ROOT/checkpoints/${RUN_NAME:?}" "$WMTP_APP_ROOT/logs/$RUN_NAME"
   aws --endpoint-url "$S3_ENDPOINT_URL" s3 rm --quiet --recursive "s3://$S3_BUCKET_NAME/checkpoints/$RUN_NAME/"
   rm -- "$RUN_DIR/summary.json"
 }
@@ -70,9 +70,10 @@ list_checkpoint() {
 }
 
 rows() {
-  local name
+  local name page
+  page=$(python -m wmtp.report "$WMTP_APP_ROOT/logs/$RUN_NAME" --out "$RUN_DIR" --again "make minitest ALGO=$ALGO") || exit "$?"
   for name in "${!seconds[@]}"; do printf '%s\t%s\n' "seconds_${name// /_}" "${seconds[$name]}"; done |
-    python -m wmtp.report "$RUN_DIR" --seconds "$1"
+    cat - <(printf 'report\t%s\n' "${page#"$ROOT/"}") | python -m wmtp.minitest "$RUN_DIR" --seconds "$1"
 }
 
 main() {

@@ -6,6 +6,36 @@ phase() {
   printf '{"phase": "%s", "began": %s, "ended": %s, "by": "startup"}\n' "$1" "$2" "$(date +%s.%N)" >>"$app/logs/$RUN_NAME/phases.jsonl"
 }
 
+# keep_record: from here on what the node says is in log.txt, the part of the run has a beginning, and, however this script
+# ends, an end; the record is then in the bucket as far as the bucket answers.
+keep_record() {
+  local here=$app/logs/$RUN_NAME
+  # On a terminal the bars stay whole instead.
+  if [[ ! -t 2 ]]; then
+    exec 2> >(trap '' TERM INT HUP && exec tee -a "$here/log.txt" >&2)
+    tee_is=$!
+  fi
+  python -m wmtp.record begin "$here" "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --began "$BEGAN" --launcher "$LAUNCHER" || leave 2
+  # shellcheck disable=SC2016
+  "${tied[@]}" bash -c 'exec 9<> <(:); while : >"$1"; do read -rt 0.5 -u 9 || true; done' alive "$here/.alive" \
+    >/dev/null 2>&1 </dev/null &
+  trap 'end_record $?' EXIT
+}
+
+end_record() {
+  trap - EXIT CHLD
+  trap '' TERM INT USR1 USR2
+  if [[ -n ${tee_is:-} ]]; then sleep 0.05; fi # what was said last is in the file that is kept
+  bounded 60 python -m wmtp.record end "$app/logs/$RUN_NAME" "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --code "$1" || true
+  if [[ -n ${tee_is:-} ]]; then
+    exec 2>&-
+    # Its last line is out before the container goes; a process that was left behind may hold its end open.
+    local looks=0
+    while kill -0 "$tee_is" 2>/dev/null && ((looks++ < 20)); do sleep 0.05; done
+  fi
+  exit "$1"
+}
+
 # leave CODE [WHAT [RULE]]: the last line says what to do.
 leave() {
   local next

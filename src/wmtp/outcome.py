@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,12 +27,14 @@ from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
 from wmtp.paths import PathResolver
+from wmtp.record import Recorder, add_line
 from wmtp.remote import MARKER, CheckpointError, TransferError
 from wmtp.tracking import Tracker
 from wmtp.watch import Watch
 
 SETTLE_S = 20.0  # torchrun gives its workers 30 s
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
 
 
@@ -88,9 +91,12 @@ class Phases:
         """What was done since the last call, or since the start, was ``name``."""
         began, self._began = self._began, time.time()
         self.seconds[name] = self.seconds.get(name, 0.0) + self._began - began
+        self.span(name, began, self._began)
+
+    def span(self, name: str, began: float, ended: float | None = None) -> None:
+        """``name`` was done from ``began`` until ``ended`` (None: now), within another phase."""
         if self.path:
-            with contextlib.suppress(OSError), self.path.open("a") as file:  # a record is no reason to end a run
-                file.write(json.dumps({"phase": name, "began": began, "ended": self._began, "by": "train"}) + "\n")
+            add_line(self.path, {"phase": name, "began": began, "ended": ended or time.time(), "by": "train"})
 
 
 @dataclass
@@ -100,6 +106,7 @@ class Progress:
     step: int = 0
     cause: str | None = None
     tracker: Tracker | None = None
+    recorder: Recorder | None = None
     phases: Phases = field(default_factory=lambda: Phases(None))
     shelves: list[Checkpoints] = field(default_factory=list)
     """Everything that uploads, to be waited for."""
@@ -126,6 +133,22 @@ def say(text: str) -> None:
     """One line of the story, from rank 0, above the bar where there is one."""
     if int(os.environ.get("RANK", "0")) == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+def leave_out(step: int, state: dict[str, Any], proved: int | None, why: str) -> None:
+    """Count a step whose figures are not finite, and take nothing from it. Raises RuntimeError after too many in a row.
+
+    All ranks see the same figures, so all leave it out. ``proved``: the newest checkpoint that a finite step followed.
+    """
+    state["not_finite"] += 1
+    state["not_finite_in_a_row"] += 1
+    say(f"train     warn  step {step} is left out: {why}: not finite")
+    if state["not_finite_in_a_row"] >= NOT_FINITE_MOST:
+        good = f"step {proved}: remove those after it" if proved else "none"
+        raise RuntimeError(
+            f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}; the last checkpoint that a finite "
+            f"step followed: {good}, and lower optim.lr (ALLOW=optim.lr)"
+        )
 
 
 def local_path(uri: str, what: str) -> Path:

@@ -1,73 +1,547 @@
-"""The figures of a finished minitest: rows for a person, ``summary.json`` for a machine.
+"""The completion report of a run, and runs side by side: Markdown and one self-contained page, from recorded facts.
 
-Reads what the stages left in the run's folder (``train.json`` of the trainer, ``sync.jsonl`` of the sync) and, on
-standard input, ``name<TAB>value`` lines of the caller.
+    python -m wmtp.report FOLDER [FOLDER …] --out DIR [--notes FILE] [--again COMMAND]
+
+FOLDER is a record (logs/RUN of a node, or the bucket's copy). One gives ``report.md``, ``report.html``; several give
+``compare.md``, ``compare.html``. The Markdown's pictures lie in ``plots/``. What nobody recorded is "not recorded".
+Standard output: the page's path. Exit codes: 0 done, 2 no record there, 10 can't be written.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import html
 import json
+import shutil
+import statistics
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wmtp import plots
+from wmtp.ledger import MEANING, Ledger, bytes_from_bucket, ledger_of, price_of
+from wmtp.record import lines, read_json
+from wmtp.resume import flat
 
-def sync_figures(lines: list[str]) -> dict[str, float]:
-    """Megabytes that the sync moved, and their rate, from its JSON line a model (``downloaded_bytes``, ``seconds``)."""
-    models = [json.loads(line) for line in lines if line.strip()]
-    moved = sum(m["downloaded_bytes"] for m in models) / 1e6
-    seconds = sum(m["seconds"] for m in models)
-    return {
-        "models_synced_mb": round(moved, 1),
-        "sync_mb_per_second": round(moved / seconds, 1) if seconds else 0.0,
-    }
+NONE = "not recorded"
+EGRESS_PER_GB = 0.09  # as wmtp.runfile has it
+STYLE = """
+:root{color-scheme:light}*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;margin:0 auto;padding:16px;max-width:1360px}
+h1{font-size:1.45em;margin:.2em 0}h2{font-size:1.15em;margin:1.6em 0 .5em;border-bottom:1px solid #ccc}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:3px 10px 3px 0;
+border-bottom:1px solid #eee;overflow-wrap:anywhere}td:first-child,th:first-child{min-width:7.5em}
+td.source{color:#666;font-size:.85em}.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px}
+figure{margin:0}figure svg,figure img{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
+.ok{color:#00664b;font-weight:600}.bad{color:#a33300;font-weight:600}.lead{font-size:1.1em}
+pre{background:#f6f6f6;padding:10px;overflow-x:auto;white-space:pre-wrap}
+@media(max-width:640px){td.source,th.source{display:none}body{padding:10px}}
+@media print{h2{break-after:avoid}figure{break-inside:avoid}}
+"""
 
 
-def rows(folder: Path, extra: list[str], seconds: int) -> dict[str, Any]:
-    """All figures by name. Raises FileNotFoundError where a stage left nothing: an absent figure is not a zero."""
-    out: dict[str, Any] = json.loads((folder / "train.json").read_text())
-    out |= sync_figures((folder / "sync.jsonl").read_text().splitlines())
-    vocab = folder / "vocab.json"
-    if vocab.exists():
-        out["vocab_size"] = json.loads(vocab.read_text())["vocab_size"]
-    out |= dict(line.rstrip("\n").split("\t", 1) for line in extra if "\t" in line)
-    return out | {"seconds": seconds}
+@dataclass
+class Section:
+    """A heading with rows (what, value, source), pictures (name, SVG or data address), and free text."""
+
+    title: str
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    heads: tuple[str, str, str] = ("what", "value", "source")
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    text: str = ""
+    code: str = ""
 
 
-def not_learned(figures: dict[str, Any]) -> str | None:
-    """What is wrong with the held-out loss of a run; None where it fell."""
-    before, after = figures.get("held_out_ce_before"), figures.get("held_out_ce_after")
-    if before is None or after is None:
-        return "no held-out loss was measured"
-    return None if after < before else f"the held-out loss did not fall: {before:.3f} -> {after:.3f}"
+def seconds(value: float | None) -> str:
+    """A duration for people."""
+    if value is None:
+        return NONE
+    if value < 90:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    if value < 5400:
+        return f"{value / 60:.1f} min"
+    return f"{value / 3600:.2f} h"
+
+
+def figure(value: Any, form: str = "{}") -> str:
+    return NONE if value in (None, "", []) else form.format(value)
+
+
+def moment(at: float | None) -> str:
+    return NONE if at is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+
+
+class Run:
+    """A record, read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts, self.exit = read_json(folder / "facts.json"), read_json(folder / "exit.json")
+        self.summary, self.failure = read_json(folder / "summary.json"), read_json(folder / "failure.json")
+        self.vocab = read_json(folder / "vocab.json")
+        self.steps, self.evals = lines(folder / "steps.jsonl"), lines(folder / "evals.jsonl")
+        self.node, self.phases = lines(folder / "node.jsonl"), lines(folder / "phases.jsonl")
+        self.sync = lines(folder / "sync.jsonl")
+        self.ledger: Ledger = ledger_of(folder)
+        self.price, self.moved = price_of(folder), bytes_from_bucket(folder)
+        self.name = self.facts.get("run") or folder.name
+
+    @property
+    def state(self) -> str:
+        """completed, failed, stopped (it can go on), running or killed."""
+        parts = self.ledger.parts
+        if not parts:
+            return NONE
+        if parts[-1].alive:
+            return "running" if time.time() - parts[-1].ended < 300 else "killed"
+        return {0: "completed", 75: "stopped", None: "killed"}.get(parts[-1].code, "failed")
+
+    def phase(self, name: str) -> float | None:
+        """Seconds of a phase over all parts; None where none has it."""
+        found = [p["ended"] - p["began"] for p in self.phases if p.get("phase") == name]
+        return sum(found) if found else None
+
+    def median(self, key: str) -> float | None:
+        """Over the steps, the first left out: it compiles and allocates."""
+        found = [s[key] for s in self.steps[1:] if s.get(key) is not None]
+        return statistics.median(found) if found else None
+
+    def until_step(self, number: int) -> float | None:
+        """Seconds from the run's first start to the end of step ``number``, or of the last where there are fewer."""
+        found = [s["at"] for s in self.steps if "at" in s and s["step"] <= number]
+        return max(found) - self.ledger.parts[0].began if found and self.ledger.parts else None
+
+    def held_out(self) -> tuple[list[float], list[float]]:
+        """Per head, before and after; empty where nothing was held out."""
+        return (self.evals[0]["ce"], self.evals[-1]["ce"]) if len(self.evals) > 1 else ([], [])
+
+
+def heads(values: list[float]) -> str:
+    return " ".join(f"{v:.3f}" for v in values) if values else NONE
+
+
+def learned(run: Run) -> str:
+    before, after = run.held_out()
+    if not before:
+        return NONE
+    a, b = statistics.mean(before), statistics.mean(after)
+    return f"{a:.3f} -> {b:.3f} nats per token ({'lower' if b < a else 'not lower'})"
+
+
+def cost_rows(run: Run) -> list[tuple[str, str, str]]:
+    cost = run.ledger.cost(run.price)
+    gb = None if run.moved is None else run.moved / 1e9
+    return [
+        ("seconds paid for", f"{seconds(run.ledger.total)} in {len(run.ledger.parts)} part(s)", "parts.jsonl"),
+        (
+            "price",
+            figure(run.price, "${:.2f} an hour") if run.price is not None else "not set (launcher.price_per_hour)",
+            "facts.json",
+        ),
+        (
+            "cost",
+            figure(cost, "${:.2f}") if cost is not None else "not known without a price",
+            "parts.jsonl, facts.json",
+        ),
+        (
+            "left the bucket",
+            figure(gb, "{:.3f} GB") + (f" (about ${gb * EGRESS_PER_GB:.2f} by AWS's list price)" if gb else ""),
+            "sync.jsonl",
+        ),
+        (
+            "goodput",
+            figure(
+                run.ledger.goodput and 100 * run.ledger.goodput, "{:.1f} % of these seconds trained steps that count"
+            ),
+            "parts.jsonl, steps.jsonl",
+        ),
+    ]
+
+
+def survived(run: Run) -> list[tuple[str, str, str]]:
+    """What went wrong, and what became of it."""
+    rows = []
+    for n, part in enumerate(run.ledger.parts, 1):
+        if part.code != 0 and not part.alive:
+            word = "was killed" if part.code is None else f"ended with {part.code}"
+            after = "went on in the next" if n < len(run.ledger.parts) else "the last"
+            rows.append((f"part {n}", f"{word} after {seconds(part.ended - part.began)}; {after}", "parts.jsonl"))
+    if run.ledger.redone:
+        rows.append(
+            (
+                "trained again",
+                f"{run.ledger.redone} steps, {seconds(run.ledger.seconds.get('redone', 0.0))}",
+                "redone.jsonl",
+            )
+        )
+    if bad := (run.steps[-1].get("not_finite") if run.steps else 0):
+        rows.append(("left out", f"{bad:.0f} steps that were not finite", "steps.jsonl"))
+    log = run.folder / "log.txt"
+    told = [
+        t
+        for t in (log.read_text(errors="replace").splitlines() if log.is_file() else [])
+        if " warn  " in t or " FAIL  " in t
+    ]
+    for text in list(dict.fromkeys(told))[-12:]:
+        stage, _, rest = text.partition(" ")
+        rows.append((stage, " ".join(rest.split()), "log.txt"))
+    return rows or [("nothing", "no warning, no failure, one part", "parts.jsonl, log.txt")]
+
+
+def plan_rows(run: Run) -> list[tuple[str, str, str]]:
+    """The plan's success table: criterion, its bar, what was measured with its state."""
+    moved, took = (run.moved or 0) / 1e9, run.phase("sync")
+    ten = run.until_step(10)
+    world = run.facts.get("world")
+    sharding = run.facts.get("config", {}).get("devices", {}).get("fsdp", {}).get("enabled")
+
+    def state(known: Any, fine: bool, value: str) -> str:
+        return NONE if not known else f"{value} — {'ok' if fine else 'missed'}"
+
+    small = run.facts.get("env") != "production"
+    note = " (the bar is a production run's)" if small else ""
+    rate = f", {moved * 1000 / took:.0f} MB/s" if took and moved else ""
+    where, tracked = run.facts.get("mlflow", {}).get("uri", NONE), run.facts.get("mlflow_run_id")
+    fetched = f"{moved:.2f} GB in {seconds(took)}{rate}{note}"
+    ranks = f"{world} ranks on {run.facts.get('device')}, FSDP {'on' if sharding else 'off'}{note}"
+    trained = f"{len(run.steps)} of {run.facts.get('total_steps')} steps"
+    begun = f"{seconds(ten)} from the node's start to step {min(10, len(run.steps))}"
+    aligned = "settings resolved, models found, folders writable"
+    return [
+        ("path alignment", "everything under /app", state(run.facts, True, aligned)),
+        ("model download", "about 5 min for 63 GB", state(took is not None, small or (took or 0) <= 330, fetched)),
+        ("distributed start", "4 GPUs, FSDP", state(world, small or world == 4, ranks)),
+        ("training starts", "without running out of memory", state(run.steps, True, trained)),
+        (
+            "MLflow tracking",
+            "kept in S3",
+            state(tracked, small or where.startswith("s3:"), f"{tracked} in {where}{note}"),
+        ),
+        ("whole deployment", "under 3 h, to the tenth step", state(ten is not None, (ten or 0) < 10800, begun)),
+    ]
+
+
+def template_rows(run: Run) -> list[tuple[str, str, str]]:
+    """The phases of the plan's report."""
+    rows = [("path alignment", f"work folder /app, image {figure(run.facts.get('image'))}", "facts.json")]
+    for line in run.sync:
+        mb, s = line.get("downloaded_bytes", 0) / 1e6, line.get("seconds", 0.0)
+        rows.append(
+            (
+                f"model {line.get('name') or line.get('model')}",
+                f"{mb:.1f} MB in {seconds(s)}" + ("" if mb else " (cache)"),
+                "sync.jsonl",
+            )
+        )
+    rows += [
+        ("vocabulary", figure(run.vocab.get("vocab_size"), "one of {} pieces in all models"), "vocab.json"),
+        ("process group", figure(run.facts.get("world"), "{} rank(s)"), "facts.json"),
+        ("first step after", seconds(run.until_step(1)), "parts.jsonl, steps.jsonl"),
+        ("first 10 steps after", seconds(run.until_step(10)), "parts.jsonl, steps.jsonl"),
+        ("checkpoints", figure(run.facts.get("checkpoints")), "facts.json"),
+        ("MLflow run", figure(run.facts.get("mlflow_run_id")), "facts.json"),
+    ]
+    return rows
+
+
+def sections(run: Run, notes: str, again: str) -> list[Section]:
+    """The whole report, in the order in which it is asked."""
+    facts, config = run.facts, run.facts.get("config", {})
+    verdict = [
+        ("state", run.state + (f": {run.exit['cause']}" if run.exit.get("cause") else ""), "parts.jsonl, exit.json"),
+        ("steps", f"{len(run.steps)} of {figure(facts.get('total_steps'))}", "steps.jsonl"),
+        ("held-out loss", learned(run), "evals.jsonl"),
+    ]
+    if run.failure:
+        verdict.append(("cause class", str(run.failure.get("class")), "failure.json"))
+        verdict.append(("evidence", figure(run.failure.get("evidence")), "failure.json"))
+        verdict.append(("next", figure(run.failure.get("next")), "failure.json"))
+    launcher, parts = config.get("launcher", {}), run.ledger.parts
+    resources = launcher.get("resources", {})
+    gpus = f"{resources.get('gpus', 0)} x {resources.get('gpu_type') or 'no GPU'}"
+    device = f"{figure(facts.get('world'))} rank(s) on {facts.get('gpu') or figure(facts.get('device'))}"
+    when = f"{moment(parts[0].began)}, {moment(parts[-1].ended)}" if parts else NONE
+    versions = ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items())
+    where = [
+        ("revision", figure(facts.get("revision")), "facts.json"),
+        ("image", figure(facts.get("image")), "facts.json"),
+        ("algorithm, environment", f"{figure(facts.get('algo'))}, {figure(facts.get('env'))}", "facts.json"),
+        ("host", f"{figure(facts.get('host'))}, {device}", "facts.json"),
+        ("cluster", f"{launcher.get('cluster') or 'none'}: {gpus}", "facts.json"),
+        ("began, ended", when, "parts.jsonl"),
+        ("versions", figure(versions), "facts.json"),
+        ("seed", figure(facts.get("seed")), "facts.json"),
+        ("data digest", figure(facts.get("digests", {}).get("data")), "facts.json"),
+    ]
+    spent = [
+        (kind, f"{seconds(s)}, {100 * s / run.ledger.total:.1f} %", MEANING[kind])
+        for kind, s in run.ledger.seconds.items()
+    ]
+    spent += [
+        ("image", NONE + ": before the container begins", ""),
+        ("sum", seconds(sum(run.ledger.seconds.values())), f"paid for: {seconds(run.ledger.total)}"),
+    ]
+    before, after = run.held_out()
+    learning = Section(
+        "How it learned",
+        [
+            ("held out, before, per head", heads(before), "evals.jsonl"),
+            ("held out, after, per head", heads(after), "evals.jsonl"),
+        ],
+    )
+    if run.steps:
+        learning.figures.append(("loss", plots.loss_plot(run.steps)))
+        if len(run.evals) > 1:
+            learning.figures.append(("held-out", plots.held_out_plot(run.evals)))
+        learning.figures.append(
+            ("gradient", plots.line_plot(run.steps, "grad_norm", "Gradient norm before clipping", "norm", log=True))
+        )
+        learning.figures.append(("rate", plots.line_plot(run.steps, "lr", "Learning rate", "rate")))
+    step, wait = run.median("step_seconds"), run.median("data_wait_s")
+    stall = sum(s.get("checkpoint_stall_s") or 0.0 for s in run.steps)
+    mfu = run.median("mfu")
+    memory = max((s["memory_gib"] for s in run.steps if s.get("memory_gib")), default=None)
+    speed = Section(
+        "How fast",
+        [
+            ("tokens per second", figure(run.median("tokens_per_second"), "{:.0f} (median)"), "steps.jsonl"),
+            ("step", figure(step, "{:.3f} s (median)"), "steps.jsonl"),
+            (
+                "MFU",
+                f"{100 * mfu:.1f} % (median)" if mfu else f"{NONE}: the peak of this device is not known",
+                "steps.jsonl",
+            ),
+            ("memory", figure(memory, "{:.2f} GiB of rank 0 at most"), "steps.jsonl"),
+            (
+                "waiting for data",
+                figure(step and wait is not None and 100 * wait / step, "{:.2f} % of a step (median)"),
+                "steps.jsonl",
+            ),
+            ("waiting for checkpoints", seconds(stall), "steps.jsonl"),
+        ],
+    )
+    if run.steps:
+        speed.figures.append(
+            ("throughput", plots.line_plot(run.steps, "tokens_per_second", "Throughput", "tokens per second"))
+        )
+        speed.figures.append(("memory", plots.line_plot(run.steps, "memory_gib", "Memory of rank 0", "GiB")))
+    if len(run.node) > 1:
+        speed.figures.append(("node", plots.gpu_plot(run.node)))
+    weight = Section("Where the weight went")
+    if facts.get("algo") == "baseline-mtp":
+        weight.text = "baseline-mtp weighs all tokens alike: there is nothing to show."
+    elif run.steps:
+        weight.figures.append(("weights", plots.weights_plot(run.steps)))
+        picture = run.folder / "weights.png"
+        if picture.is_file():
+            address = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+            weight.figures.append(("heat map", address))
+        else:
+            weight.text = f"Heat map of held-out text: {NONE} (it is drawn at the end of a run that holds data out)."
+    else:
+        weight.text = NONE
+    wall = Section("How long each phase took", spent, ("phase", "seconds, share", "what it is"))
+    if run.ledger.parts:
+        wall.figures.append(("waterfall", plots.waterfall(run.ledger)))
+    return [
+        Section("Did it work", verdict),
+        Section("What ran where", where),
+        wall,
+        learning,
+        speed,
+        weight,
+        Section("What went wrong and was survived", survived(run)),
+        Section("What it cost", cost_rows(run)),
+        Section("Against the plan", plan_rows(run), ("criterion", "bar", "measured, state")),
+        Section("The plan's completion report", template_rows(run)),
+        Section("Remarks", text=notes or "None were given (NOTES=file)."),
+        Section("Again", code=again or NONE),
+    ]
+
+
+def compared(runs: list[Run]) -> list[Section]:
+    """Runs side by side: their figures, where they were set differently, their curves."""
+    rows: list[tuple[str, list[str]]] = [
+        ("state", [r.state for r in runs]),
+        ("algorithm", [figure(r.facts.get("algo")) for r in runs]),
+        ("revision", [figure(r.facts.get("revision"))[:12] for r in runs]),
+        ("steps", [str(len(r.steps)) for r in runs]),
+        ("held-out loss", [learned(r) for r in runs]),
+        ("held out per head, after", [heads(r.held_out()[1]) for r in runs]),
+        ("tokens per second", [figure(r.median("tokens_per_second"), "{:.0f}") for r in runs]),
+        (
+            "memory, GiB",
+            [
+                figure(max((s["memory_gib"] for s in r.steps if s.get("memory_gib")), default=None), "{:.2f}")
+                for r in runs
+            ],
+        ),
+        ("first step after", [seconds(r.until_step(1)) for r in runs]),
+        ("seconds paid for", [seconds(r.ledger.total) for r in runs]),
+        ("goodput", [figure(r.ledger.goodput and 100 * r.ledger.goodput, "{:.1f} %") for r in runs]),
+        ("cost", [figure(r.ledger.cost(r.price), "${:.2f}") if r.price is not None else "no price set" for r in runs]),
+        ("left the bucket", [figure(None if r.moved is None else r.moved / 1e9, "{:.3f} GB") for r in runs]),
+    ]
+    settings = [flat({k: r.facts.get(k, {}) for k in ("config", "recipe")}) for r in runs]
+    different = [
+        (key, [json.dumps(s.get(key)) for s in settings])
+        for key in sorted(set().union(*settings))
+        if len({json.dumps(s.get(key)) for s in settings}) > 1
+    ]
+    names = [r.name for r in runs]
+    short = [name[-24:] for name in names]
+    held = [[(e["step"], statistics.mean(e["ce"])) for e in r.evals if e.get("ce")] for r in runs]
+    shown = (
+        ("Held-out loss, mean over the heads", "nats per token", held),
+        ("Training cross-entropy of head 0", "nats per token", [plots.series(r.steps, "ce_head_0") for r in runs]),
+        ("Throughput", "tokens per second", [plots.series(r.steps, "tokens_per_second") for r in runs]),
+    )
+    curves = Section("Curves")
+    for title, unit, points in shown:
+        drawn = plots.overlay(list(zip(short, points, strict=True)), title, unit, marked=points is held)
+        curves.figures.append((title.split(",")[0].lower(), drawn))
+    return [
+        Wide("Side by side", names, rows),
+        Wide("Set differently", names, different or [("nothing", ["the same"] * len(runs))]),
+        curves,
+    ]
+
+
+class Wide(Section):
+    """A table with a column for each run."""
+
+    def __init__(self, title: str, names: list[str], rows: list[tuple[str, list[str]]]) -> None:
+        super().__init__(title)
+        self.names, self.wide = names, rows
+
+
+def table_of(section: Section) -> tuple[list[str], list[list[str]]]:
+    if isinstance(section, Wide):
+        return ["", *section.names], [[what, *values] for what, values in section.wide]
+    return list(section.heads), [list(row) for row in section.rows]
+
+
+def page(title: str, lead: str, found: list[Section]) -> str:
+    """One HTML page that needs nothing beside it."""
+
+    def cell(tag: str, text: str, source: bool, told: str = "") -> str:
+        kind = " class=source" if source else ""
+        hover = f' title="{html.escape(told, quote=True)}"' if told else ""
+        return f"<{tag}{kind}{hover}>{html.escape(text)}</{tag}>"
+
+    out = [f"<h1>{html.escape(title)}</h1><p class=lead>{html.escape(lead)}</p>"]
+    for section in found:
+        out.append(f"<section><h2>{html.escape(section.title)}</h2>")
+        top, rows = table_of(section)
+        sourced = top[-1] == "source"
+        if rows:
+            last = len(top) - 1
+            out.append("<div class=scroll><table><thead><tr>")
+            out += [cell("th", text, sourced and n == last) for n, text in enumerate(top)]
+            out.append("</tr></thead><tbody>")
+            for row in rows:
+                told = row[last] if sourced else ""
+                cells = [cell("td", c, sourced and n == last, told if n == 1 else "") for n, c in enumerate(row)]
+                out.append(f"<tr>{''.join(cells)}</tr>")
+            out.append("</tbody></table></div>")
+        if section.figures:
+            out.append("<div class=figures>")
+            for name, picture in section.figures:
+                drawn = picture if picture.startswith("<svg") else f'<img alt="{html.escape(name)}" src="{picture}">'
+                out.append(f"<figure>{drawn}</figure>")
+            out.append("</div>")
+        if section.text:
+            out += [f"<p>{html.escape(part)}</p>" for part in section.text.strip().split("\n\n")]
+        if section.code:
+            out.append(f"<pre>{html.escape(section.code)}</pre>")
+        out.append("</section>")
+    view = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    head = f"{view}<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(out)}</body></html>\n'
+
+
+def markdown(title: str, lead: str, found: list[Section], pictures: Path) -> str:
+    """The same facts for a code host; its pictures are written to ``pictures``."""
+    out = [f"# {title}", "", lead, ""]
+
+    def cell(text: str) -> str:
+        return " ".join(text.replace("|", "\\|").split()).replace("<", "&lt;") or " "
+
+    for section in found:
+        out += [f"## {section.title}", ""]
+        top, rows = table_of(section)
+        if rows:
+            out += ["| " + " | ".join(cell(t) for t in top) + " |", "|" + " --- |" * len(top)]
+            out += ["| " + " | ".join(cell(c) for c in row) + " |" for row in rows] + [""]
+        for name, picture in section.figures:
+            kind = "svg" if picture.startswith("<svg") else "png"
+            file = pictures / f"{section.title.split()[0].lower()}-{name.replace(' ', '-')}.{kind}"
+            pictures.mkdir(parents=True, exist_ok=True)
+            if kind == "svg":
+                file.write_text(picture)
+            else:
+                file.write_bytes(base64.b64decode(picture.partition(",")[2]))
+            out += [f"![{name}]({pictures.name}/{file.name})", ""]
+        if section.text:
+            out += [section.text.strip(), ""]
+        if section.code:
+            out += ["```bash", section.code, "```", ""]
+    return "\n".join(out)
+
+
+def write(out: Path, stem: str, title: str, lead: str, found: list[Section]) -> Path:
+    """Both forms, whole or not at all; gives the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = out / ("plots" if stem == "report" else f"{stem}-plots")
+    shutil.rmtree(pictures, ignore_errors=True)
+    for kind, text in (("md", markdown(title, lead, found, pictures)), ("html", page(title, lead, found))):
+        staging = out / f".{stem}.{kind}"
+        staging.write_text(text)
+        staging.replace(out / f"{stem}.{kind}")
+    return out / f"{stem}.html"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m wmtp.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="build/<ENV>/<run name>")
-    parser.add_argument("--seconds", type=int, required=True, help="of the whole run so far")
+    parser = argparse.ArgumentParser(prog="python -m wmtp.report", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--notes", type=Path, help="a person's remarks; they are kept beside the report for the next time"
+    )
+    parser.add_argument("--again", default="", help="the command that does it again")
     args = parser.parse_args(argv)
-    figures = rows(args.folder, sys.stdin.readlines(), args.seconds)
-    for name, value in figures.items():
-        if isinstance(value, float):
-            value = f"{value:.3f}"
-        elif isinstance(value, dict):
-            value = " ".join(f"{key} {number:.3f}" for key, number in value.items())
-        elif isinstance(value, list):
-            value = " ".join(f"{v:.3f}" for v in value)
-        print(f"{name}: {value}")
-    staging = args.folder / ".summary.json"
-    staging.write_text(json.dumps(figures, indent=2) + "\n")
-    staging.replace(args.folder / "summary.json")
-    if problem := not_learned(figures):
+    for folder in args.folders:
+        if not (folder / "parts.jsonl").is_file() and not (folder / "facts.json").is_file():
+            print(
+                f"report    FAIL  {folder}: no record of a run\n          rule  a record has facts.json and parts.jsonl"
+                "\n          next  make status RUN_ID=…",
+                file=sys.stderr,
+            )
+            return 2
+    runs = [Run(folder) for folder in args.folders]
+    try:
+        if len(runs) > 1:
+            names = ", ".join(run.name for run in runs)
+            print(write(args.out, "compare", f"{len(runs)} runs side by side", names, compared(runs)))
+            return 0
+        run, kept = runs[0], args.out / "notes.md"
+        if args.notes:
+            args.out.mkdir(parents=True, exist_ok=True)
+            text = args.notes.read_text()
+            kept.write_text(text)
+        notes = kept.read_text() if kept.is_file() else ""
+        lead = f"{run.name}: {run.state}, {len(run.steps)} steps, held-out loss {learned(run)}."
+        print(write(args.out, "report", "WMTP completion report", lead, sections(run, notes, args.again)))
+    except OSError as error:
         print(
-            f"minitest  FAIL  {problem}\n          rule  a dozen steps on real parts lower the loss of held-out text\n"
-            f"          next  look at wmtp_loss in the steps above, and at the recipe's optim.lr",
+            f"report    FAIL  {error.filename or args.out}: {error.strerror}\n"
+            "          next  make room or rights there, then again",
             file=sys.stderr,
         )
-        return 1
-    print(f"minitest: ok {args.seconds} s")
+        return 2 if args.notes and error.filename == str(args.notes) else 10
     return 0
 
 

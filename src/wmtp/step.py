@@ -32,6 +32,7 @@ from wmtp.objective import (
     make_labels,
     running_mean,
     token_skip_weights,
+    weight_statistics,
     weight_sums,
 )
 from wmtp.ranks import Place
@@ -205,10 +206,23 @@ class StepResult:
     wmtp_loss: float
     value_loss: float
     weights: dict[str, Tensor]
-    """Sums for `objective.weight_statistics`."""
+    """Sums for `objective.weight_statistics` and `figures_of`."""
     excess: Tensor
     """`[2, H]`, for `Weighting.remember`."""
     stop: bool
+
+
+def figures_of(seen: StepResult) -> dict[str, float]:
+    """What is watched of a step: cross-entropy per head (unweighted, in nats), statistics of the weights."""
+    sums = seen.weights
+    counts = sums["head_count"].clamp(min=1)
+    return {
+        **{f"ce_head_{k}": float(ce) for k, ce in enumerate(sums["ce"] / counts)},
+        "w_mean": float(sums["head_sum"].sum() / counts.sum()),
+        "w_min": float(sums["ends"][0].amin()),
+        "w_max": float(sums["ends"][1].amax()),
+        **weight_statistics(sums),
+    }
 
 
 def value_error(value_bs: Tensor, micro: Micro, recipe: Recipe, tokens: int) -> Tensor:
@@ -269,6 +283,7 @@ def accumulate(
     losses = torch.zeros(2, dtype=torch.float32, device=place.device)
     sums: dict[str, Tensor] = {}
     excess = torch.zeros(2, weighting.heads, dtype=torch.float64)
+    ends: list[Tensor] = []
     for i, m in enumerate(share.micro):
         last_of(model, i == len(share.micro) - 1)
         with place.autocast():
@@ -280,9 +295,17 @@ def accumulate(
             losses[1] += error.detach()
             loss = loss + recipe.critic.auxiliary_loss_coef * error
         (loss * place.world).backward()  # FSDP averages over the ranks; the objective is a sum
-        for name, part in weight_sums(_wide(out.w_bsh), m.mask.to(_wide(out.w_bsh).device)).items():
+        w, ce = _wide(out.w_bsh), _wide(out.ce_bsh)
+        mask = m.mask.to(w.device)
+        found = weight_sums(w, mask) | {"ce": ce.double().masked_fill(~mask, 0).sum((0, 1))}
+        for name, part in found.items():
             sums[name] = sums[name] + part if name in sums else part
+        ends.append(torch.stack([w.masked_fill(~mask, math.inf).amin(), w.masked_fill(~mask, -math.inf).amax()]))
         excess = excess + weighting.excess_sums(m, out.ce_bsh).to(excess.device)
+    # Each rank has a column of its own in the sum over the ranks.
+    ends_2 = torch.stack(ends)
+    sums["ends"] = torch.zeros(2, place.world, dtype=torch.float64, device=ends_2.device)
+    sums["ends"][:, place.rank] = torch.stack([ends_2[:, 0].amin(), ends_2[:, 1].amax()]).double()
     return losses, sums, excess
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import queue
 import re
@@ -28,29 +27,6 @@ POINTS_KEPT = 50_000  # during an outage; the oldest go first
 START_WAIT_S = 60.0  # the first database takes about 3 s
 FINISH_WAIT_S = 30.0  # torchrun gives its workers about as much after SIGTERM
 RETRY_WAIT_S = 5.0
-
-
-class StepRecord:
-    """`steps.jsonl`: a line for each step, whatever becomes of MLflow."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        """Open to go on after ``step``; what a kill left beyond it, or torn, is trained again."""
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text("".join(kept))
-        staging.replace(path)
-        self._file = path.open("a")
-
-    def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """What is not finite is null: JSON knows no other word for it."""
-        known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
-        self._file.flush()
 
 
 def backend(tracking_uri: str, record: Path) -> tuple[str, str | None, Path | None]:

@@ -40,7 +40,6 @@ from wmtp.early import first_look, then_whole
 from wmtp.evaluation import held_out_ce, mean, show_weights, shown
 from wmtp.export import export_hf
 from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, no_compiler, shard_units
-from wmtp.objective import weight_statistics
 from wmtp.optim import adamw, learning_rate, rows_per_step, total_steps
 from wmtp.outcome import (
     BAD_INPUT,
@@ -55,6 +54,7 @@ from wmtp.outcome import (
     claim,
     failure,
     keep_traceback,
+    leave_out,
     local_path,
     say,
     write_whole,
@@ -63,15 +63,14 @@ from wmtp.pace import Pace
 from wmtp.paths import PathResolver
 from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
+from wmtp.record import Recorder, facts_of, tags_of
 from wmtp.remote import MARKER
 from wmtp.resume import flat, made_of, parts_of, refuse_changes
 from wmtp.scoring import load_scores
-from wmtp.step import Ahead, Share, Weighting, clip_gradients, share_of, train_step
-from wmtp.tracking import StepRecord, Tracker
+from wmtp.step import Ahead, Share, Weighting, clip_gradients, figures_of, share_of, train_step
+from wmtp.tracking import Tracker
 from wmtp.watch import Watch
 from wmtp.weights import Stored, add_heads, base_refused, load_state, read_spec, stream, value_head_state
-
-NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
@@ -295,6 +294,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
 
     checkpoints = checkpoints_at(name)
     need_shared(checkpoints.folder, place)
+    beside = args.exit_file.parent if args.exit_file and place.rank == 0 else None
+    recorder = progress.recorder = Recorder(beside, f"{remote}/{name}" if remote else None, config.storage)
     # Looked at now, before data are read and scored for a run that is refused.
     per_step = rows_per_step(recipe, place.world)
     made = made_of(config, recipe, rows_per_step=per_step)
@@ -358,22 +359,37 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {per_step} a step, {total} steps; "
         f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - stop.began:.0f} s'}"
     )
+    facts = facts_of(
+        name,
+        config,
+        recipe,
+        env=args.env,
+        digests=made,
+        world=place.world,
+        device=place.device.type,
+        gpu=torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None,
+        total_steps=total,
+        checkpoints=f"{remote or disk}/{name}",
+    )
     tracker = progress.tracker = Tracker(
         PathResolver().resolve_tracking(config.mlflow.tracking_uri),
         config.mlflow.experiment,
         name,
-        tags={tag: "true" for tag in args.tags.split(",") if tag},
+        tags={tag: "true" for tag in args.tags.split(",") if tag} | tags_of(facts),
         params=flat(settings.resolved(config, recipe)),
         state_file=checkpoints.folder / "mlflow.json",
         resumed=state["mlflow_run_id"],
     )
+    recorder.facts(facts)
     if held and not state["held_out_before"]:
+        looked = time.time()
         state["held_out_before"] = held_out_ce(model, held, recipe, place)
+        recorder.evaluation(step, looked, state["held_out_before"])
         say(f"held out  before: {mean(state['held_out_before']):.3f}  per head {shown(state['held_out_before'])}")
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    record = StepRecord(checkpoints.folder / "steps.jsonl", step) if place.rank == 0 else None
+    record = recorder.steps(checkpoints.folder, step) if place.rank == 0 else None
     first, early, saved, starved = step, recipe.train.early_stopping, step or -1, 0
     figures: dict[str, float] = {}
 
@@ -417,7 +433,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "lr": recipe.optim.lr * rate,
             "not_finite": state["not_finite"],
             **({"value_loss": seen.value_loss} if weighting.needs_value else {}),
-            **weight_statistics(seen.weights),
+            **figures_of(seen),
             **pace.end(share.tokens),
         }
         if step == first + 1:
@@ -434,7 +450,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         stopping = seen.stop and step < total
         if held and step % recipe.eval.interval == 0 and step < total and not stopping:
             stop.rest()
+            looked = time.time()
             now = held_out_ce(model, held, recipe, place)
+            recorder.evaluation(step, looked, now)
             tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(now)})
             if early.enabled:
                 better = state["best"] is None or mean(now) < state["best"]
@@ -447,10 +465,12 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         due = step % config.paths.checkpoints.save_interval == 0 and not state["not_finite_in_a_row"]
         if due or step == total or stopping:
             stop.rest()
-            began = time.monotonic()
+            began = time.time()
             state["mlflow_run_id"], state["weighting"] = tracker.run_id, weighting.state_dict()
+            recorder.facts(facts | {"mlflow_run_id": tracker.run_id})
             checkpoints.save(step, model, optimizer, state)
-            pace.stalled(time.monotonic() - began)
+            pace.stalled(time.time() - began)
+            progress.phases.span("save", began)
             saved = step
         if stopping:
             raise Stopped(f"after step {step}")
@@ -461,18 +481,23 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
+    looked = time.time()
     after = held_out_ce(model, held, recipe, place) if held else []
     if after:
+        recorder.evaluation(step, looked, after)
         say(f"held out  after: {mean(after):.3f}  per head {shown(after)}")
         tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(after)})
     if held and recipe.train.algo != "baseline-mtp":
         show_weights(
             model, held, weighting, tokenizer, scores.get("eval"), checkpoints, tracker, f"{name}, step {step}", place
         )
+        recorder.keep(checkpoints.folder / "weights")
     if config.paths.checkpoints.save_final:
         export(model, spec, checkpoints, base, place, f"Trained for {step} steps with {recipe.train.algo}.")
     progress.close()
     tracker.finish("FINISHED")
+    progress.phases.done("end")
+    recorder.close()
     if record and args.summary:
         summary = {
             "run": name,
@@ -489,6 +514,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "not_finite": state["not_finite"],
             "seconds": progress.phases.seconds,
             "weights": {name: value for name, value in figures.items() if name.startswith("w_")},
+            "ce_heads": [value for name, value in figures.items() if name.startswith("ce_head_")],
             "mlflow_run_id": tracker.run_id,
             "checkpoint": f"{remote or disk}/{name}/step-{saved}",
             "seconds_train": time.monotonic() - stop.began,
@@ -496,22 +522,6 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         write_whole(args.summary, json.dumps(summary, indent=2) + "\n")
     say(f"train     done: {step} steps, {time.monotonic() - stop.began:.0f} s")
     return DONE
-
-
-def leave_out(step: int, state: dict[str, Any], proved: int | None, why: str) -> None:
-    """Count a step whose figures are not finite, and take nothing from it. Raises RuntimeError after too many in a row.
-
-    All ranks see the same figures, so all leave it out. ``proved``: the newest checkpoint that a finite step followed.
-    """
-    state["not_finite"] += 1
-    state["not_finite_in_a_row"] += 1
-    say(f"train     warn  step {step} is left out: {why}: not finite")
-    if state["not_finite_in_a_row"] >= NOT_FINITE_MOST:
-        good = f"step {proved}: remove those after it" if proved else "none"
-        raise RuntimeError(
-            f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}; the last checkpoint that a finite "
-            f"step followed: {good}, and lower optim.lr (ALLOW=optim.lr)"
-        )
 
 
 def export(model: MTPModel, spec: ModelSpec, checkpoints: Checkpoints, base: Path, place: Place, told: str) -> None:

