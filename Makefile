@@ -88,6 +88,10 @@ status: $(STAMP) ## how a run stands (RUN_ID=name or number; default: the newest
 logs: $(STAMP) ## the last lines of a run (RUN_ID= TAIL=200 FOLLOW=1)
 	@scripts/logs.sh
 
+.PHONY: monitor
+monitor: $(STAMP) ## one page of a run: state, GPUs, log, MLflow, warnings (RUN_ID= FOLLOW=1; local runs too)
+	@scripts/monitor_training.sh
+
 .PHONY: stop
 stop: $(STAMP) ## end a run (RUN_ID=)
 	@scripts/stop.sh
