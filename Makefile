@@ -13,7 +13,7 @@ $(call refuse,ALGO,$(ALGOS))
 $(call refuse,LAUNCHER,$(LAUNCHERS))
 
 # Only what the caller set travels on: each script knows its own defaults.
-export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
+export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID RUNS NOTES STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
 
 # By content, not by time: a checkout's files may be older than an environment that lacks what they ask for.
 STAMP := .venv/.installed-$(shell cat requirements/*.txt pyproject.toml scripts/install.sh | cksum | tr ' ' -)
@@ -91,6 +91,14 @@ logs: $(STAMP) ## the last lines of a run (RUN_ID= TAIL=200 FOLLOW=1)
 .PHONY: monitor
 monitor: $(STAMP) ## one page of a run: state, GPUs, log, MLflow, warnings (RUN_ID= FOLLOW=1; local runs too)
 	@scripts/monitor_training.sh
+
+.PHONY: report
+report: $(STAMP) ## the completion report of a run, as a page and as Markdown (RUN_ID= NOTES=file; local runs too)
+	@scripts/report.sh
+
+.PHONY: compare
+compare: $(STAMP) ## runs side by side (RUNS="a b c")
+	@scripts/report.sh
 
 .PHONY: stop
 stop: $(STAMP) ## end a run (RUN_ID=)

@@ -72,6 +72,7 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   [[ $(keys) != *new* ]]
 }
 
+# bats test_tags=long
 @test "publish: only what differs goes up, and no object is left over, when a version is replaced by force" {
   make_model
   publish
@@ -136,6 +137,7 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   whole
 }
 
+# bats test_tags=long
 @test "publish: 1 when another machine has the name; by force it is taken, and the other puts no manifest" {
   make_model
   client_that "until [[ -e '$work/go' ]]; do sleep 0.1; done; exec \"$real\" \"\$@\""

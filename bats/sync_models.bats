@@ -65,6 +65,7 @@ put_manifest() {
   [[ $output == *'"downloaded_bytes": 300000'* ]]
 }
 
+# bats test_tags=long
 @test "sync: ends with the same bytes and no process when killed at any moment" {
   make_model 20000000
   publish

@@ -60,6 +60,7 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   [[ $stderr == *'--fast'* ]]
 }
 
+# bats test_tags=long
 @test "test_vessl_config: all of it, for cards of 40 GiB: what does not fit and what would, data, the twin" {
   unset ONLY AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_PROFILE
   ALGO=critic-wmtp SET=launcher.resources.gpu_memory_gb=40 run -2 --separate-stderr dryrun

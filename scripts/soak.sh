@@ -3,7 +3,8 @@
 # `delivery`: 100 kills of a sync under a watcher, several syncs at once, a reader beside one (tests/soak_sync.py). `day`: 200
 # syncs, publishes, evictions and uploads in random order under random faults; store and bucket must verify clean.
 # `training`: 30 kills of a run of 60 steps of each algorithm, whose losses must not change (tests/soak_train.py), and a
-# notice to stop in each of its phases, through torchrun. Then it interrupts `make minitest` in each of its stages, by
+# notice to stop in each of its phases, through torchrun. `long`: the tests that `make test` leaves out for their minutes. Then
+# it interrupts `make minitest` in each of its stages, by
 # Ctrl-C and by kill -9 of one of its processes, at seeded moments.
 # After each: no process of it is left, nothing half-written stands under a final name, on disk or in the bucket, and the
 # same command again goes on from what was done and ends well. Works in build/soak/, a clone of what is committed here.
@@ -119,8 +120,8 @@ main() {
   rm -rf "$HERE/clone" "$HERE/failed"
   git clone -q "$ROOT" "$HERE/clone"
   ln -s "$ROOT/.venv" "$HERE/clone/.venv"
-  log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-delivery day training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
-  for stage in ${STAGES:-delivery day training ${ORDER[@]}}; do
+  log soak "$ALGO, seed ${SEED:-1}: ${STAGES:-delivery day long training ${ORDER[*]}}, each by ${SIGNALS:-INT KILL}"
+  for stage in ${STAGES:-delivery day long training ${ORDER[@]}}; do
     if [[ $stage == delivery || $stage == day ]]; then
       local -a what=()
       if [[ $stage == day ]]; then what=(--day 200); fi
@@ -129,7 +130,11 @@ main() {
     elif [[ $stage == training ]]; then
       OMP_NUM_THREADS=1 PYTHONPATH=tests tally python tests/soak_train.py --seed "${SEED:-1}"
       # What `make test` does with forked ranks, as a node starts them: a notice in every phase.
-      WMTP_TEST_TORCHRUN=1 OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- pytest -q tests/test_train.py -k sigterm
+      WMTP_TEST_TORCHRUN=1 OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- pytest -q -m '' tests/test_train.py -k sigterm
+      continue
+    elif [[ $stage == long ]]; then
+      OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- pytest -n 2 --dist worksteal -m long
+      OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- bats --filter-tags long bats
       continue
     fi
     for signal in ${SIGNALS:-INT KILL}; do

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from wmtp import tracking
-from wmtp.tracking import StepRecord, Tracker, backend
+from wmtp.tracking import Tracker, backend
 
 ONE = {"tags": {"algo": "baseline-mtp"}, "params": {"train.max_steps": 12}}
 
@@ -173,10 +173,3 @@ def test_no_secret_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     told = capsys.readouterr().err
     assert "warn" in told
     assert "hunter2" not in told
-
-
-def test_the_record_of_steps_loses_what_is_trained_again(tmp_path: Path) -> None:
-    path = tmp_path / "steps.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    StepRecord(path, 2).add(3, {"again": 1})
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": 1}\n'

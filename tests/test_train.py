@@ -69,7 +69,9 @@ def kill_when(run: Run, there: Callable[[], bool]) -> None:
     run.kill()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(a, marks=[] if a == "critic-wmtp" else pytest.mark.long) for a in ALGORITHMS]
+)
 def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, algorithm: str) -> None:
     seeded = random.Random(f"moments of {algorithm}")
     sets = ("paths.checkpoints.save_interval=3", "pretrain.max_steps=7", "paths.checkpoints.save_final=false")
@@ -105,6 +107,7 @@ def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, al
         assert [r["value_loss"] for r in cut.records()] == [r["value_loss"] for r in whole.records()]
 
 
+@pytest.mark.long
 def test_lambda_zero_is_the_baseline_bit_for_bit_through_a_kill(app: Path) -> None:
     sets = ("train.max_steps=20", "paths.checkpoints.save_interval=6", "paths.checkpoints.save_final=false")
     baseline = Run(app, "baseline-mtp", "baseline", *sets).whole()
@@ -145,6 +148,7 @@ def launcher(run: Run, *torchrun: str, **environment: str) -> subprocess.Popen[s
     return run.torchrun(*torchrun, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.long
 def test_through_torchrun_ranks_save_when_it_is_told_to_end_follow_it_when_it_is_killed_and_go_on_on_two_nodes(
     app: Path,
 ) -> None:
@@ -189,6 +193,7 @@ def test_nodes_that_do_not_share_the_folder_of_checkpoints_are_refused(app: Path
     assert "not the same folder on all nodes" in stories and "Traceback" not in stories
 
 
+@pytest.mark.long
 def test_two_ranks_then_one_then_two_go_on_to_rounding(app: Path) -> None:
     # Evaluation before each save: what it leaves gathered must not be what is saved or stepped.
     evaluated = ("eval.interval=2", "eval.max_batches=2")
@@ -273,7 +278,7 @@ def test_sigterm_saves_ends_with_75_and_goes_on(app: Path, stage: str) -> None:
     assert went_on[stage] in run.log()
 
 
-@pytest.mark.parametrize("stage", ["save", "upload"])
+@pytest.mark.parametrize("stage", ["save", pytest.param("upload", marks=pytest.mark.long)])
 def test_sigterm_while_a_checkpoint_is_written_or_brought_to_the_bucket_leaves_both_whole(
     app: Path, prefix: str, stage: str
 ) -> None:

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmtp import record
+from wmtp.config import Storage
+from wmtp.record import Part, Recorder, StepRecord, lines, parts_of
+
+PAIR = ("--config", "tests/configs/config.local_test.yaml", "--recipe", "tests/configs/recipe.baseline_mtp.yaml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "logs" / "run"
+    made.mkdir(parents=True)
+    return made
+
+
+def test_steps_that_are_trained_again_leave_the_record_and_are_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "at": 5}\n{"ste')
+    StepRecord(path, 2).add(3, {"again": 1, "worse": float("nan")})
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+    assert lines(path)[-1].keys() == {"step", "at", "again", "worse"} and lines(path)[-1]["worse"] is None
+    assert lines(tmp_path / "redone.jsonl") == [{"step": 3, "at": 5}]
+
+
+def test_another_nodes_steps_go_on_where_the_checkpoints_are(folder: Path, tmp_path: Path) -> None:
+    (folder / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    recorder = Recorder(folder, None, Storage())
+    recorder.steps(tmp_path / "checkpoints", 1).add(2, {"loss": 1.0})
+    recorder.close()
+    assert [line["step"] for line in lines(tmp_path / "checkpoints/steps.jsonl")] == [1, 2]
+    assert lines(folder / "steps.jsonl") == lines(tmp_path / "checkpoints/steps.jsonl")
+    assert lines(folder / "redone.jsonl") == [{"step": 2}]
+
+
+def test_what_the_node_does_is_sampled(folder: Path) -> None:
+    sample = record.Node().sample(folder)
+    assert sample["gpus"] == [] or sample["gpus"][0].keys() >= {"index", "utilization_percent"}
+    assert sample["rss_gib"] > 0 and sample["memory_free_gib"] > 0 and sample["disk_free_gb"] > 0
+    assert abs(sample["at"] - time.time()) < 5
+
+
+def test_gpus_are_read_from_nvidia_smi(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No GPU here: the client's own words for one that works and one that tells nothing of its load.
+    client = tmp_path / "bin" / "nvidia-smi"
+    client.parent.mkdir()
+    client.write_text('#!/bin/sh\necho "0, NVIDIA A100-SXM4-80GB, 97, 60123, 81920"\necho "1, X, [N/A], 5, 10"\n')
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+    first, second = record.Node().sample(folder)["gpus"]
+    assert first == {
+        "index": 0,
+        "name": "NVIDIA A100-SXM4-80GB",
+        "utilization_percent": 97.0,
+        "memory_used_mib": 60123.0,
+        "memory_total_mib": 81920.0,
+    }
+    assert second["utilization_percent"] is None and second["memory_used_mib"] == 5.0
+
+
+def begin(folder: Path, *more: str) -> int:
+    return record.main(["begin", str(folder), *PAIR, "--env", "test", *more])
+
+
+def test_a_part_that_was_killed_ends_where_it_was_last_seen(folder: Path) -> None:
+    assert begin(folder, "--began", "1000") == 0
+    (folder / record.ALIVE).touch()
+    os.utime(folder / record.ALIVE, (1060, 1060))
+    (folder / "steps.jsonl").write_text('{"step": 1, "at": 1055.0}\n')
+    assert parts_of(folder) == [Part(1000, 1060, None, alive=True)]
+    assert begin(folder, "--began", "2000") == 0
+    assert record.main(["end", str(folder), *PAIR, "--env", "test", "--code", "75"]) == 0
+    killed, ended = parts_of(folder)
+    assert killed == Part(1000, 1060, None) and ended.began == 2000 and ended.code == 75 and not ended.alive
+
+
+def test_a_bucket_that_is_away_ends_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    away = ("--set", "paths.checkpoints.base_path=s3://nowhere/checkpoints", "--set", "storage.retries=1")
+    assert begin(folder, "--began", "1000", *away) == 0
+    assert record.main(["end", str(folder), *PAIR, *away, "--env", "test", "--code", "20"]) == 0
+    assert lines(folder / "parts.jsonl")[-1]["code"] == 20
+
+
+def test_the_record_is_in_the_bucket_and_comes_to_the_next_node(folder: Path, prefix: str, tmp_path: Path) -> None:
+    there = ("--set", f"paths.checkpoints.base_path={prefix}/checkpoints")
+    assert begin(folder, "--began", "1000", *there) == 0
+    (folder / "steps.jsonl").write_text('{"step": 1, "at": 1010.0}\n')
+    (folder / "log.txt").write_text("a word\n")
+    assert record.main(["end", str(folder), *PAIR, *there, "--env", "test", "--code", "20"]) == 0
+    other = tmp_path / "other" / "run"
+    assert begin(other, "--began", "2000", *there) == 0
+    assert (other / "log.txt").read_text() == "a word\n"
+    assert [part.began for part in parts_of(other)] == [1000, 2000]
+
+
+def test_facts_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wmtp import config as settings
+
+    monkeypatch.setenv("WMTP_REVISION", "abc")
+    config, recipe = settings.load_pair(Path(PAIR[1]), Path(PAIR[3]), [], env="test")
+    facts: dict[str, Any] = record.facts_of("r", config, recipe, env="test", world=2)
+    json.dumps(facts)
+    assert (facts["run"], facts["revision"], facts["world"], facts["algo"]) == ("r", "abc", 2, "baseline-mtp")
+    assert facts["config"]["seed"] == config.seed and facts["versions"]["torch"]
+    assert record.tags_of(facts)["mlflow.source.git.commit"] == "abc"

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmtp import report
+
+
+def write(folder: Path, name: str, *rows: dict[str, Any]) -> None:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The record of a run of twelve steps."""
+    made = tmp_path / "app" / "logs" / "test-run"
+    made.mkdir(parents=True)
+    facts = {
+        "run": "test-run",
+        "env": "minitest",
+        "algo": "rho1-wmtp",
+        "revision": "abc1234",
+        "world": 2,
+        "device": "cpu",
+        "total_steps": 12,
+        "seed": 7,
+        "price_per_hour": 6.0,
+        "digests": {"data": "d1"},
+        "mlflow": {"uri": "s3://b/mlruns"},
+        "mlflow_run_id": "m1",
+        "versions": {"torch": "2"},
+        "config": {"launcher": {"resources": {"gpus": 2}}, "devices": {"fsdp": {"enabled": True}}},
+        "recipe": {"optim": {"lr": 0.001}},
+    }
+    (made / "facts.json").write_text(json.dumps(facts))
+    write(made, "parts", {"began": 1000.0}, {"ended": 1600.0, "code": 0})
+    write(made, "phases", {"phase": "sync", "began": 1001.0, "ended": 1011.0})
+    write(made, "sync", {"name": "base", "downloaded_bytes": 2_000_000, "seconds": 10.0})
+    losses = {f"ce_head_{k}": 9.0 - k for k in range(4)} | {f"w_mean_head_{k}": 1.0 for k in range(4)}
+    steps = [
+        {
+            "step": n,
+            "at": 1100.0 + 10 * n,
+            "wmtp_loss": 9.0 - n / 10,
+            "grad_norm": 1.0,
+            "lr": 1e-3,
+            "tokens_per_second": 100.0,
+        }
+        | {"step_seconds": 10.0, "data_wait_s": 0.1, "checkpoint_stall_s": 0.0, "memory_gib": 1.5, "w_ess": 0.8}
+        | losses
+        for n in range(1, 13)
+    ]
+    write(made, "steps", *steps)
+    write(
+        made,
+        "evals",
+        {"step": 0, "began": 1, "at": 2, "ce": [9.5, 9.6]},
+        {"step": 12, "began": 3, "at": 4, "ce": [8.5, 8.6]},
+    )
+    (made / "log.txt").write_text("train     warn  a <tag> & 7 | 8\nStep 1/12\n")
+    return made
+
+
+class Page(HTMLParser):
+    """What a browser would find broken: tags that are not closed, pictures from elsewhere, names that stand twice."""
+
+    EMPTY = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.pictures = 0
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        if tag == "svg" or tag == "img":
+            self.pictures += 1
+        assert not (known.get("src") or "data:").startswith(("http", "/", "file"))
+        if "id" in known:
+            self.ids.append(str(known["id"]))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if "id" in dict(attrs):
+            self.ids.append(str(dict(attrs)["id"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def made(folder: Path, out: Path, *more: str) -> tuple[str, str]:
+    assert report.main([str(folder), "--out", str(out), *more]) == 0
+    return (out / "report.md").read_text(), (out / "report.html").read_text()
+
+
+def test_the_page_stands_alone_and_is_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = made(folder, tmp_path / "out")
+    assert capsys.readouterr().out == f"{tmp_path / 'out/report.html'}\n"
+    page = Page(text)
+    assert page.pictures >= 6 and len(page.ids) == len(set(page.ids))
+    assert "a &lt;tag&gt; &amp; 7 | 8" in text and "<tag>" not in text
+    for used in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text):
+        assert (used[0] or used[1]) in page.ids
+
+
+def test_the_markdown_has_the_same_facts_and_its_pictures_beside_it(folder: Path, tmp_path: Path) -> None:
+    text, _ = made(folder, tmp_path / "out")
+    for known in (
+        "completed",
+        "9.550 -> 8.550",
+        "abc1234",
+        "$1.00",
+        "2.0 MB in 10 s",
+        "20.0 % of these seconds",
+        "a &lt;tag> & 7 \\| 8",
+    ):
+        assert known in text, known
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert len(pictures) >= 6
+    for picture in pictures:
+        ET.fromstring((tmp_path / "out" / picture).read_text())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
+
+
+def test_what_nobody_recorded_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    write(tmp_path / "r", "parts", {"began": 1.0}, {"ended": 3.0, "code": 13})
+    text, page = made(tmp_path / "r", tmp_path / "out")
+    assert Page(page) and "failed" in text and text.count(report.NONE) > 15
+    plan = text[text.index("## Against the plan") : text.index("## The plan's completion")]
+    assert plan.count("| not recorded |") == 6 and "ok" not in plan
+
+
+def test_remarks_stay_when_it_is_made_again(folder: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("The loss of head 3 is odd.\n")
+    assert "head 3 is odd" in made(folder, tmp_path / "out", "--notes", str(notes))[0]
+    notes.unlink()
+    text, page = made(folder, tmp_path / "out")
+    assert "head 3 is odd" in text and "head 3 is odd" in page
+
+
+def test_runs_stand_side_by_side_with_what_is_set_differently(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = folder.parent / "other-run"
+    shutil.copytree(folder, other)
+    facts = json.loads((other / "facts.json").read_text())
+    facts |= {"run": "other-run", "recipe": {"optim": {"lr": 0.5}}}
+    (other / "facts.json").write_text(json.dumps(facts))
+    assert report.main([str(folder), str(other), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "| recipe.optim.lr | 0.001 | 0.5 |" in text and "config." not in text
+    assert Page((tmp_path / "out/compare.html").read_text()).pictures == 3
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "no record of a run" in capsys.readouterr().err and not (tmp_path / "out").exists()
