@@ -101,7 +101,7 @@ def head(seen: Seen, width: int | None = None) -> list[Row]:
     what = [f"run {seen.number} {where}" if seen.number else where, facts.get("algo"), ranks(facts)]
     if len(seen.parts) > 1:
         what.append(f"part {len(seen.parts)}")
-    named = [("run", ", ".join(str(w) for w in what if w)), ("step", progress(seen, state)), ("loss", loss(seen))]
+    named = [("run", ", ".join(str(w) for w in what if w)), ("step", progress(seen, state)), ("wmtp_loss", loss(seen))]
     named += [("spent", spent(seen)), ("checkpoint", checkpoint(seen))]
     rows += [("plain", f"  {name:<11} {text}") for name, text in named if text]
     told = [("why", "bad" if state.failed else "warn", state.why), ("note", "warn", seen.note)]
@@ -155,12 +155,13 @@ def loss(seen: Seen) -> str:
     if not seen.steps:
         return ""
     last = seen.steps[-1]
-    words = [f"wmtp_loss {figure(number(last, 'wmtp_loss'))}"]
+    words = [figure(number(last, "wmtp_loss"))]
     heads = sorted((k for k in last if re.fullmatch(r"ce_head_\d+", k)), key=lambda k: int(k.rpartition("_")[2]))
     if heads:
         words.append("heads " + " ".join("nan" if last[k] is None else f"{last[k]:.2f}" for k in heads))
     if "grad_norm" in last:
-        words.append(f"gradient norm {figure(number(last, 'grad_norm'))}")
+        norm = number(last, "grad_norm")
+        words.append(f"gradient norm {'not finite' if norm is None else f'{norm:.2f}'}")
     return ", ".join(words)
 
 
@@ -222,8 +223,9 @@ def machine(node: Line) -> str:
 def logs(seen: Seen, room: int) -> list[Row]:
     """The last lines that fit."""
     lines = seen.log[-min(room, LOG_LINES) :]
-    more = "" if room >= LOG_LINES or not seen.whole_log else f"  all: {seen.whole_log}"
-    rows: list[Row] = [("head", f"[Training Logs - Last {min(room, LOG_LINES)} lines]{more}")]
+    more = f"all: {seen.whole_log}" if seen.status or room >= LOG_LINES else "more: make monitor RUN_ID=…"
+    count = f"{min(room, LOG_LINES)} line{'' if room == 1 else 's'}"
+    rows: list[Row] = [("head", f"[Training Logs - Last {count}]  {more}")]
     return rows + ([("plain", f"  {line}") for line in lines] or [("plain", "  nothing so far")])
 
 
@@ -281,12 +283,17 @@ class Screen:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGWINCH, lambda *_: None)  # it wakes the wait: a new size is a new frame
         signal.signal(signal.SIGTSTP, self._suspend)
+        # Stopped from outside, the shell may have its terminal back first: no reason to stop half-way.
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 
     def __enter__(self) -> Screen:
         if self._keys is not None:
             with contextlib.suppress(termios.error):
                 self._before = termios.tcgetattr(self._keys)
                 tty.setcbreak(self._keys, termios.TCSANOW)
+                now = termios.tcgetattr(self._keys)
+                now[6][termios.VSUSP] = b"\0"  # Ctrl-Z comes as a key: the screen is left before anyone is stopped
+                termios.tcsetattr(self._keys, termios.TCSANOW, now)
         self._write("\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J")
         return self
 
@@ -315,6 +322,8 @@ class Screen:
         keys = os.read(self._keys, 64)
         if not keys:
             self._keys = None  # nobody is at the other end
+        if b"\x1a" in keys:
+            self._suspend()
         return b"q" in keys
 
     def _write(self, text: str) -> None:
@@ -323,8 +332,13 @@ class Screen:
             raw = raw[os.write(self.out, raw) :]
 
     def _suspend(self, *_: object) -> None:
+        """Stop with all that was started together, the terminal given back first: their shell writes on it at once."""
         self.__exit__()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.killpg(os.getpgrp(), signal.SIGTSTP)
+        while os.tcgetpgrp(self.out) != os.getpgrp():
+            os.killpg(os.getpgrp(), signal.SIGSTOP)  # gone on with in the background: there is no screen for it
+        signal.signal(signal.SIGTSTP, self._suspend)
         self.__enter__()
 
 

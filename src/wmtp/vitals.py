@@ -78,7 +78,10 @@ class Seen:
         """What shows all of the log."""
         if self.status:
             return f"make logs RUN_ID={self.number or self.name}"
-        return str(self.record / "log.txt") if self.record else ""
+        if self.record is None:
+            return ""
+        file, here = self.record / "log.txt", Path.cwd()
+        return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
     @property
     def total(self) -> int | None:
