@@ -222,8 +222,8 @@ for line in open(sys.argv[1]):
 }
 
 @test "vessl_startup: MAX_HOURS ends the training as SIGTERM does, with 75, and says so" {
-  TRAINER=saves MAX_HOURS=0.001 run -75 --separate-stderr startup
-  [[ $stderr == *'at most 0.001 h'*'FAIL  MAX_HOURS: 0.001 h are used up'*'training ended with 75'*'it goes on after its last step'* ]]
+  TRAINER=saves MAX_HOURS=0.002 run -75 --separate-stderr startup
+  [[ $stderr == *'at most 0.002 h'*'FAIL  MAX_HOURS: 0.002 h are used up'*'training ended with 75'*'it goes on after its last step'* ]]
   MAX_HOURS=soon run -2 --separate-stderr startup
   [[ $stderr == *'MAX_HOURS=soon'* ]]
 }
@@ -237,8 +237,8 @@ for line in open(sys.argv[1]):
 }
 
 @test "vessl_startup: a training that does not end with its hours is killed after the grace" {
-  TRAINER=hangs MAX_HOURS=0.0005 WMTP_GRACE_S=1 run -20 --separate-stderr startup
-  [[ $stderr == *'FAIL  MAX_HOURS: 0.0005 h are used up'* ]]
+  TRAINER=hangs MAX_HOURS=0.0015 WMTP_GRACE_S=1 run -20 --separate-stderr startup
+  [[ $stderr == *'FAIL  MAX_HOURS: 0.0015 h are used up'* ]]
 }
 
 @test "vessl_startup: no secret is in a trace" {

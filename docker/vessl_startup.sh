@@ -89,7 +89,7 @@ begin_training() {
   read -ra allowed <<<"${ALLOW:-}"
   command+=("${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --run-name "$RUN_NAME" "${allowed[@]/#/--allow=}"
     --tags "$LAUNCHER,$ENV,$ALGO" --exit-file "$exit_file" --summary "$summary" --after "$here" --first "$first")
-  rm -rf "$exit_file" "$summary" "$here" "$first"
+  rm -rf "$exit_file" "$summary" "$here" "$first" "$app/logs/$RUN_NAME"/{failure.json,failure.md,bundle.tar.gz}
   mkdir "$first"
   export WMTP_SYNC_FIRST=$first
   # It waits without a child of its own, so that a signal finds it until the trainer has its place.

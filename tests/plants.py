@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -50,3 +52,20 @@ def rank_1_hangs_in_step_4(rank: int) -> None:
         return norm
 
     _wrapped("clip_gradients", change)
+
+
+def no_more_memory_after_step_2(rank: int) -> None:
+    """The address space may not grow: what torch allocates next is refused by the system itself."""
+
+    def change(call: int, norm: float) -> float:
+        if call == 2:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            whole = pages * resource.getpagesize() + (1 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
+        return norm
+
+    _wrapped("clip_gradients", change)
+
+
+def never_finite(rank: int) -> None:
+    _wrapped("clip_gradients", lambda call, norm: float("nan"))

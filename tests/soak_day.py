@@ -100,7 +100,7 @@ def train(folder: str, prefix: str, steps: int, environment: dict[str, str], sto
         checkpoints.close()
         print("kept", step + steps, flush=True)
     except Exception as error:
-        code, _, told = failure(error, 0, None)
+        code, _, _, told = failure(error, 0, None)
         print(told, file=sys.stderr, flush=True)
         os._exit(code)
     os._exit(0)

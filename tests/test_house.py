@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "module",
     [
+        "causes",
         "config",
         "paths",
         "registry",

@@ -25,7 +25,7 @@ def test_the_first_rank_that_fails_writes_the_exit_file(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "exit.json"
     assert claim(path, 20, Progress(3, "first"))
     assert not claim(path, 12, Progress(4, "second"))
-    assert json.loads(path.read_text()) == {"code": 20, "step": 3, "cause": "first"}
+    assert json.loads(path.read_text()) == {"code": 20, "step": 3, "cause": "first", "class": None}
     assert [p.name for p in path.parent.iterdir()] == ["exit.json"]
 
 
@@ -55,7 +55,7 @@ def test_a_failure_is_three_lines_and_its_traceback_is_in_the_log(tmp_path: Path
         raise RuntimeError("boom")
     except RuntimeError as error:
         keep_traceback(log)
-        text = failure(error, 0, log)[2]
+        text = failure(error, 0, log)[3]
     assert len(text.splitlines()) == 3 and str(log) in text and "boom" in text
     assert "Traceback" in log.read_text()
 

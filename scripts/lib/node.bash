@@ -1,6 +1,9 @@
 # What a node checks of itself, the clock of its hours, the record of its phases, and its last words. Sourced by docker/vessl_startup.sh only.
 # shellcheck shell=bash disable=SC2034,SC2154
 
+# shellcheck source=scripts/lib/bundle.bash
+source "$(dirname "${BASH_SOURCE[0]}")/bundle.bash"
+
 # phase NAME BEGAN: a line for the record of where the time goes.
 phase() {
   printf '{"phase": "%s", "began": %s, "ended": %s, "by": "startup"}\n' "$1" "$2" "$(date +%s.%N)" >>"$app/logs/$RUN_NAME/phases.jsonl"
@@ -26,7 +29,9 @@ end_record() {
   trap - EXIT CHLD
   trap '' TERM INT USR1 USR2
   if [[ -n ${tee_is:-} ]]; then sleep 0.05; fi # what was said last is in the file that is kept
-  bounded 60 python -m wmtp.record end "$app/logs/$RUN_NAME" "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --code "$1" || true
+  local -a words=(end "$app/logs/$RUN_NAME" "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --code "$1")
+  # Of a failure the last words stay the last.
+  if (($1)); then bounded 60 python -m wmtp.record "${words[@]}" 2>/dev/null || true; else bounded 60 python -m wmtp.record "${words[@]}" || true; fi
   if [[ -n ${tee_is:-} ]]; then
     exec 2>&-
     # Its last line is out before the container goes; a process that was left behind may hold its end open.
@@ -53,6 +58,7 @@ leave() {
     130 | 143) next='start again: nothing was there to save' ;;
     *) next="read the lines above, start again with RUN_NAME=${RUN_NAME:-}: it goes on from its newest checkpoint" ;;
   esac
+  bundle "$@"
   die "$1" "${2:-ended by a signal after $SECONDS s}" "${3:-a stage starts only when the one before it is done}" "$next"
 }
 

@@ -31,6 +31,7 @@ from wmtp.sources import (
     DataError,
     Part,
     Record,
+    TokenizerError,
     described,
     no_record,
     parts_of,
@@ -89,7 +90,7 @@ class SentencePieceTokenizer:
             proto = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except (OSError, RuntimeError) as error:
-            raise DataError(_unreadable(path, "a SentencePiece model", error)) from error
+            raise TokenizerError(_unreadable(path, "a SentencePiece model", error)) from error
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
@@ -122,7 +123,7 @@ class TokenizersTokenizer:
             self._file = path.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_str(self._file.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception on a bad file
-            raise DataError(_unreadable(path, "a tokenizer.json", error)) from error
+            raise TokenizerError(_unreadable(path, "a tokenizer.json", error)) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # `</s>` in a text is text
@@ -136,7 +137,7 @@ class TokenizersTokenizer:
     def _special(self, path: Path, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise DataError(
+            raise TokenizerError(
                 f"{path}: has no token {token!r}\n"
                 "  rule: documents start with the bos token and end with the eos token\n"
                 "  next: name both in tokenizer_config.json beside it (bos_token, eos_token)"
@@ -162,12 +163,12 @@ class TokenizersTokenizer:
 
 
 def sentencepiece_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of `folder/tokenizer.model`. Raises DataError where it cannot be read."""
+    """The tokenizer of `folder/tokenizer.model`. Raises TokenizerError where it cannot be read."""
     return SentencePieceTokenizer(Path(folder) / "tokenizer.model")
 
 
 def transformers_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of `folder/tokenizer.json`. Raises DataError where it cannot be read."""
+    """The tokenizer of `folder/tokenizer.json`. Raises TokenizerError where it cannot be read."""
     return TokenizersTokenizer(Path(folder) / "tokenizer.json")
 
 
@@ -178,7 +179,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return sentencepiece_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         return transformers_tokenizer(folder)
-    raise DataError(
+    raise TokenizerError(
         f"{folder}: holds no tokenizer\n"
         "  rule: a model folder has a tokenizer.model or a tokenizer.json\n"
         "  next: publish or sync the model again, with its tokenizer"

@@ -11,10 +11,12 @@ import filecmp
 import time
 from pathlib import Path
 
+from wmtp.causes import CONFIGURATION, MODEL_FILES, VOCABULARY
+from wmtp.config import Recipe
 from wmtp.manifest import MANIFEST, load_manifest
 from wmtp.model import ModelError, ModelSpec
 from wmtp.outcome import BadInput, Stop, Stopped, local_path
-from wmtp.weights import read_spec
+from wmtp.weights import base_refused, read_spec, vocabulary_refused
 
 
 def wait_for(files: list[Path], stop: Stop) -> None:
@@ -42,6 +44,13 @@ def first_look(uri: str, after: Path | None, first: Path | None, stop: Stop) -> 
     return base, read_spec(base)
 
 
+def need_base(name: str, spec: ModelSpec, recipe: Recipe, pieces: int) -> None:
+    """Raise BadInput where the base model is none for the recipe; ``pieces``: those of its tokenizer."""
+    if told := base_refused(name, spec, recipe, pieces):
+        kind = VOCABULARY if told == vocabulary_refused(name, spec, recipe, pieces) else CONFIGURATION
+        raise BadInput("{}; rule: {}; next: {}".format(*told), kind)
+
+
 def then_whole(uri: str, looked_at: Path, after: Path, stop: Stop) -> Path:
     """The base's folder, once all models are here; refused where it isn't what was looked at."""
     wait_for([after], stop)
@@ -50,6 +59,7 @@ def then_whole(uri: str, looked_at: Path, after: Path, stop: Stop) -> Path:
         if file.is_file() and not ((base / file.name).is_file() and filecmp.cmp(file, base / file.name)):
             raise BadInput(
                 f"{base}: {file.name} is another than when data were read; rule: one version of a model for a whole "
-                "run; next: start again: it was published again meanwhile"
+                "run; next: start again: it was published again meanwhile",
+                MODEL_FILES,
             )
     return base

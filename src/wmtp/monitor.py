@@ -23,6 +23,7 @@ import tty
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from wmtp import vitals
 from wmtp.vitals import Line, Seen, Standing, number
@@ -276,7 +277,7 @@ class Screen:
     def __init__(self) -> None:
         self.out = sys.stdout.fileno()
         self._keys: int | None = sys.stdin.fileno() if sys.stdin.isatty() else None
-        self._before: list[object] | None = None
+        self._before: list[Any] | None = None
         self._wake, wake = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(wake, False)

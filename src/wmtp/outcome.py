@@ -6,7 +6,6 @@ torchrun turns its children's codes into 1, so code, cause and step are also in 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from wmtp import causes
 from wmtp.cache import hold
 from wmtp.checkpoint import Checkpoints
 from wmtp.config import ConfigError
@@ -33,13 +33,20 @@ from wmtp.tracking import Tracker
 from wmtp.watch import Watch
 
 SETTLE_S = 20.0  # torchrun gives its workers 30 s
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 NOT_FINITE_MOST = 10  # steps in a row that are left out before the run ends
 DONE, BAD_INPUT, DISK, TRANSFER, FAILED, RESUME_ME = 0, 2, 10, 12, 20, 75
 
 
 class BadInput(ValueError):
-    """What the person who started the run can mend: exit code 2, no traceback."""
+    """What the person who started the run can mend: exit code 2, no traceback. ``kind``: its class of causes."""
+
+    def __init__(self, told: str, kind: str = causes.CONFIGURATION) -> None:
+        super().__init__(told)
+        self.kind = kind
+
+
+class NotFiniteError(RuntimeError):
+    """The figures are no numbers any more: nothing that follows would mean anything."""
 
 
 class Stopped(Exception):  # no error: everything is saved
@@ -105,6 +112,8 @@ class Progress:
 
     step: int = 0
     cause: str | None = None
+    kind: str | None = None
+    """The class of the cause, where an exception or a watch knew it."""
     tracker: Tracker | None = None
     recorder: Recorder | None = None
     phases: Phases = field(default_factory=lambda: Phases(None))
@@ -136,7 +145,7 @@ def say(text: str) -> None:
 
 
 def leave_out(step: int, state: dict[str, Any], proved: int | None, why: str) -> None:
-    """Count a step whose figures are not finite, and take nothing from it. Raises RuntimeError after too many in a row.
+    """Count a step that is not finite, and take nothing from it. Raises NotFiniteError after too many in a row.
 
     All ranks see the same figures, so all leave it out. ``proved``: the newest checkpoint that a finite step followed.
     """
@@ -145,7 +154,7 @@ def leave_out(step: int, state: dict[str, Any], proved: int | None, why: str) ->
     say(f"train     warn  step {step} is left out: {why}: not finite")
     if state["not_finite_in_a_row"] >= NOT_FINITE_MOST:
         good = f"step {proved}: remove those after it" if proved else "none"
-        raise RuntimeError(
+        raise NotFiniteError(
             f"{NOT_FINITE_MOST} steps in a row up to {step} were not finite: {why}; the last checkpoint that a finite "
             f"step followed: {good}, and lower optim.lr (ALLOW=optim.lr)"
         )
@@ -157,7 +166,8 @@ def local_path(uri: str, what: str) -> Path:
     if not folder.is_dir():
         raise BadInput(
             f"{what}: {folder} is not there; rule: models and data are on the disk before training; "
-            "next: scripts/sync_models.sh, or make train for ENV=test"
+            "next: scripts/sync_models.sh, or make train for ENV=test",
+            causes.MODEL_FILES if what.startswith("paths.models") else causes.DATA,
         )
     if (folder / MARKER).is_file():
         folder = folder.resolve()  # a sync may put another version under the link while this one is read
@@ -173,19 +183,21 @@ def write_whole(path: Path, text: str) -> None:
     staging.replace(path)
 
 
-def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str]:
-    """Exit code, cause and what a person sees of ``error``; the traceback goes to ``log``."""
+def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str, str]:
+    """Exit code, class, cause and what a person sees of ``error``; the traceback goes to ``log``."""
+    of = causes.of_error(error)
     if isinstance(error, ConfigError):
-        return BAD_INPUT, str(error), str(error)
+        return BAD_INPUT, of, str(error), str(error)
     if isinstance(error, BadInput | DataError | ModelError):
-        return BAD_INPUT, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
+        return BAD_INPUT, of, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
     system = error.__cause__ if isinstance(error, CheckpointError) else error
-    full = isinstance(system, OSError) and system.errno in UNWRITABLE
+    full = isinstance(system, OSError) and system.errno in causes.UNWRITABLE
     code = TRANSFER if isinstance(error, TransferError) else DISK if full else FAILED
     kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
     first = f"read {log}, then " if log and code == FAILED else "mend it, then "
     return (
         code,
+        causes.BY_CODE.get(code, of),
         f"rank {rank}: {kind}{error}",
         f"train     FAIL  rank {rank}: {kind}{error}\n"
         "              rule  a failed step ends the run; what was saved stays\n"
@@ -207,7 +219,9 @@ def claim(path: Path | None, code: int, progress: Progress) -> bool:
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps({"code": code, "step": progress.step, "cause": progress.cause}) + "\n")
+        of = progress.kind or causes.of_end(code, progress.cause)
+        told = {"code": code, "step": progress.step, "cause": progress.cause, "class": of}
+        staging.write_text(json.dumps(told) + "\n")
         path.hardlink_to(staging)
     except FileExistsError:
         return False

@@ -19,7 +19,7 @@ from wmtp.checkpoint import Checkpoints
 from wmtp.config import Config, Recipe
 from wmtp.data import Batches
 from wmtp.evaluation import held_out_value
-from wmtp.outcome import Stop, Stopped, say
+from wmtp.outcome import NotFiniteError, Stop, Stopped, say
 from wmtp.paths import open_to_all
 from wmtp.ranks import Place
 from wmtp.remote import MARKER
@@ -79,7 +79,7 @@ def pretrain_value_head(
         seen = place.total(torch.stack([loss.cpu(), torch.tensor(float(bool(stop.cause)))]))
         step += 1
         if not (math.isfinite(float(seen[0])) and math.isfinite(norm)):
-            raise RuntimeError(f"stage 1, step {step}: value loss {float(seen[0])}, gradient norm {norm}: not finite")
+            raise NotFiniteError(f"stage 1, step {step}: value loss {float(seen[0])}, gradient norm {norm}: not finite")
         checkpoints.staged()
         optimizer.step()
         stopping = bool(seen[1])

@@ -336,7 +336,10 @@ def main(argv: Iterable[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     prefix = place_of(config, folder.name)
-    mirror = Mirror(folder, f"{prefix}/{NAME}", config.storage) if prefix else None
+    storage = config.storage
+    if args.what == "begin":  # one try, soon given up: the sync, which comes next, asks as often as it should
+        storage = storage.model_copy(update={"retries": 1, "stall_s": min(storage.stall_s, 10)})
+    mirror = Mirror(folder, f"{prefix}/{NAME}", storage) if prefix else None
     if args.what == "end":
         if mirror and not mirror.push():
             print(f"record    warn  {prefix}/{NAME} has not all of {folder}", file=sys.stderr)

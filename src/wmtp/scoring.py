@@ -29,7 +29,7 @@ from wmtp.config import Config, Recipe
 from wmtp.data import Corpus, Piece, Rows, Tokenizer
 from wmtp.model import MTPModel, RewardModel
 from wmtp.objective import make_labels
-from wmtp.outcome import Stop, Stopped, local_path, say
+from wmtp.outcome import NotFiniteError, Stop, Stopped, local_path, say
 from wmtp.paths import PathResolver, open_to_all
 from wmtp.ranks import Place
 from wmtp.remote import MARKER, CheckpointError, DamagedError
@@ -121,13 +121,13 @@ class Kept:
     def finish(self, scores: Mapping[str, Tensor], what: Mapping[str, Any]) -> None:
         """Keep the joined scores, bring them to the bucket, forget the parts. Rank 0 only.
 
-        Raises RuntimeError for a score that is not finite: kept, it would spoil every run that reads it.
+        Raises NotFiniteError for a score that is not finite: kept, it would spoil every run that reads it.
         """
         for name, values in scores.items():
             bad = (~torch.isfinite(values)).nonzero()
             if len(bad):
                 shutil.rmtree(self.parts)
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"{self.name}: {len(bad)} scores of {name} are not finite, the first in row {int(bad[0][0])} "
                     f"at token {int(bad[0][1])}; rule: nothing is trained by such scores; next: look at the scorer's "
                     "weights (scripts/sync_models.sh proves them)"
@@ -366,7 +366,7 @@ def zscored(rewards: Mapping[str, Tensor], sets: Mapping[str, Rows], longer_than
     known = rewards["train"][ends["train"]].double()
     mean, deviation = known.mean(), known.std(correction=0)
     if not torch.isfinite(known).all():
-        raise RuntimeError("rewards that are not finite; rule: a reward is a number; next: look at the reward model")
+        raise NotFiniteError("rewards that are not finite; rule: a reward is a number; next: look at the reward model")
     if not deviation > 1e-12 * known.abs().max().clamp(min=1):
         say(f"score     warn  all {len(known)} rewards are {float(mean):.4g}: they tell nothing, so every weight is 1")
         return {name: torch.zeros_like(values) for name, values in rewards.items()}

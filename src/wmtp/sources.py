@@ -29,7 +29,11 @@ BATCH = 64  # CodeContests has up to megabytes of tests a record
 
 
 class DataError(ValueError):
-    """Data or a tokenizer that cannot be used; the message names the place, rule and next step."""
+    """Data that cannot be used; the message names the place, rule and next step."""
+
+
+class TokenizerError(DataError):
+    """A model folder whose tokenizer can't be used: what reads data fails, the model is to be mended."""
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from wmtp import causes
 from wmtp import config as settings
 from wmtp.checkpoint import Checkpoints, local_bytes
 from wmtp.data import Batches, Corpus, Tokenizer, load_tokenizer, read_sets
-from wmtp.early import first_look, then_whole
+from wmtp.early import first_look, need_base, then_whole
 from wmtp.evaluation import held_out_ce, mean, show_weights, shown
 from wmtp.export import export_hf
 from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, no_compiler, shard_units
@@ -70,7 +71,7 @@ from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, figures_of, share_of, train_step
 from wmtp.tracking import Tracker
 from wmtp.watch import Watch
-from wmtp.weights import Stored, add_heads, base_refused, load_state, read_spec, stream, value_head_state
+from wmtp.weights import Stored, add_heads, load_state, read_spec, stream, value_head_state
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
@@ -261,8 +262,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     first = None if settings.bucket_datasets(config, recipe) else args.first
     base, own = first_look(base_uri, args.after, first, stop)
     tokenizer = load_tokenizer(base)
-    if told := base_refused(str(base), own, recipe, len(tokenizer.pieces())):
-        raise BadInput("{}; rule: {}; next: {}".format(*told))
+    need_base(str(base), own, recipe, len(tokenizer.pieces()))
     spec = dataclasses.replace(own, heads=recipe.model.heads)
     if args.dry_run:
         with torch.device("meta"):
@@ -545,7 +545,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def hang(what: str) -> None:
         threading.Timer(10, os._exit, (FAILED,)).start()  # a log that takes no more words may be what hangs
-        progress.cause = f"rank {rank}: {what}"
+        progress.cause, progress.kind = f"rank {rank}: {what}", causes.HANG
         claim(args.exit_file, FAILED, progress)
         print(
             f"train     FAIL  {progress.cause}\n              rule  a step that doesn't end is ended, with a record\n"
@@ -572,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"train     stopped {reached} ({progress.cause}), saved; next: the same command goes on")
     except Exception as error:
         log = args.exit_file.with_name(f"traceback-rank-{rank}.log") if args.exit_file else None
-        code, progress.cause, text = failure(error, rank, log)
+        code, progress.kind, progress.cause, text = failure(error, rank, log)
         if code != BAD_INPUT:
             keep_traceback(log)
         if args.verbose or (code == FAILED and not log):

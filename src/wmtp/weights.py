@@ -455,8 +455,8 @@ def positions_refused(name: str, spec: ModelSpec, longest: int) -> tuple[str, st
     )
 
 
-def base_refused(name: str, spec: ModelSpec, recipe: Recipe, pieces: int) -> tuple[str, str, str] | None:
-    """`heads_refused`, of everything that a recipe wants of its base model; ``pieces``: those of its tokenizer."""
+def vocabulary_refused(name: str, spec: ModelSpec, recipe: Recipe, pieces: int) -> tuple[str, str, str] | None:
+    """`heads_refused`, of the vocabulary; ``pieces``: those of the tokenizer."""
     if spec.vocab_size != recipe.model.vocab_size or pieces > spec.vocab_size:
         return (
             f"{name}: vocab_size {spec.vocab_size}, its tokenizer has {pieces} pieces, "
@@ -464,8 +464,15 @@ def base_refused(name: str, spec: ModelSpec, recipe: Recipe, pieces: int) -> tup
             "a run's models have the vocabulary that model.vocab_size says, and a row of it for each piece",
             "name its size in model.vocab_size, or another model in paths.models",
         )
-    return heads_refused(name, spec.heads, recipe.model.heads, recipe.model.new_heads) or positions_refused(
-        name, spec, recipe.data.longest
+    return None
+
+
+def base_refused(name: str, spec: ModelSpec, recipe: Recipe, pieces: int) -> tuple[str, str, str] | None:
+    """`heads_refused`, of everything that a recipe wants of its base model; ``pieces``: those of its tokenizer."""
+    return (
+        vocabulary_refused(name, spec, recipe, pieces)
+        or heads_refused(name, spec.heads, recipe.model.heads, recipe.model.new_heads)
+        or positions_refused(name, spec, recipe.data.longest)
     )
 
 
