@@ -54,14 +54,19 @@ def rank_1_hangs_in_step_4(rank: int) -> None:
     _wrapped("clip_gradients", change)
 
 
-def no_more_memory_after_step_2(rank: int) -> None:
-    """The address space may not grow: what torch allocates next is refused by the system itself."""
+def no_more_memory_in_step_3(rank: int) -> None:
+    """The step needs 1 GiB more than the address space may have: the system refuses it, torch's allocator tells."""
+    import torch
 
     def change(call: int, norm: float) -> float:
-        if call == 2:
+        if call == 3:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            whole = pages * resource.getpagesize() + (1 << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 28), hard))
+            try:
+                torch.empty(1 << 28)
+            finally:  # for the threads that save and record
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         return norm
 
     _wrapped("clip_gradients", change)

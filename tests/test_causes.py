@@ -60,6 +60,7 @@ def ended(
 ) -> dict[str, Any]:
     """What is found of a run that ends with ``code``; ``term``: it gets a SIGTERM in its second step."""
     folder = app / "logs/r"
+    folder.mkdir(parents=True)  # the startup script's
     short = ("train.max_steps=20", "paths.checkpoints.save_interval=20", "paths.checkpoints.save_final=false")
     arguments = ("--exit-file", str(folder / "exit.json"))
     run = Run(app, "baseline-mtp", "r", *short, *sets, world=world, arguments=arguments, plant=plant).start()
@@ -75,7 +76,7 @@ def ended(
 
 
 def test_planted_out_of_memory(app: Path) -> None:
-    found = ended(app, 20, plant=plants.no_more_memory_after_step_2)
+    found = ended(app, 20, plant=plants.no_more_memory_in_step_3)
     assert found["class"] == "out of memory" and found["step"] == 2 and found["phase"] == "train"
     assert re.match(r"traceback-rank-0\.log:\d+: \w*(Error|Exception)", found["evidence"]), found
 
