@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,129 @@ def test_a_hanging_server_does_not_hold_the_end_up(
     record.finish(wait_s=0.2)
     assert time.monotonic() - begun < 2
     assert "no answer within" in capsys.readouterr().err
+
+
+class Server:
+    """MLflow's store behind HTTP, in a process of its own that can be killed and started again at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, "0"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, Path(__file__).with_name("mlflow_server.py"), self.folder, self.port]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.uri = self.process.stdout.readline().strip()
+        self.port = self.uri.rpartition(":")[2]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def requests(self) -> list[str]:
+        return (self.folder / "requests").read_text().splitlines()
+
+
+def wait_for(what: Any, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.05)
+
+
+def test_a_server_that_was_killed_and_came_back_has_every_step_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_WAIT_S", 0.2)
+    monkeypatch.setattr(tracking, "BATCH_S", 0.1)
+    server = Server(tmp_path / "ml runs")
+    try:
+        record = tracker(tmp_path, tracking_uri=server.uri, params={f"p{n}": n for n in range(150)})
+        slowest, run_id = 0.0, record.run_id
+        assert run_id is not None
+        artifact = tmp_path / "plot.svg"
+        artifact.write_text("<svg/>")
+        for step in range(1, 91):
+            if step == 30:
+                server.kill()
+                record.artifact(artifact)
+            if step == 60:
+                wait_for(lambda: record.failures)
+                server.start()
+            began = time.monotonic()
+            record.log(step, {"wmtp_loss": 1.0 / step, "lr": 0.1})
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.01)
+        record.finish()
+        assert slowest < 0.1
+    finally:
+        server.kill()
+    assert record.lost == 0
+    for key in ("wmtp_loss", "lr"):
+        query = f"select step from metrics where key = '{key}' order by timestamp, step"
+        assert rows(tmp_path, query) == [(step,) for step in range(1, 91)]
+    assert rows(tmp_path, "select run_uuid, status from runs") == [(run_id, "FINISHED")]
+    assert rows(tmp_path, "select count(*) from params") == [(150,)]
+    assert (tmp_path / "ml runs" / "artifacts" / "1" / run_id / "artifacts" / "plot.svg").exists()
+    told = capsys.readouterr().err
+    assert told.count(f"next  see that {server.uri} answers") == 1
+    assert f"{server.uri} takes the record again after" in told and "nothing of it is missing" in told
+
+
+def test_parameters_go_in_one_request(tmp_path: Path) -> None:
+    server = Server(tmp_path / "ml runs")
+    try:
+        record = tracker(tmp_path, tracking_uri=server.uri, params={f"p{n}": "x" * 7000 for n in range(40)})
+        record.finish()
+        assert (record.failures, record.lost) == (0, 0)
+        assert server.requests().count("runs/log-batch") == 1
+    finally:
+        server.kill()
+    assert rows(tmp_path, "select count(*), max(length(value)) from params") == [(40, 6000)]
+
+
+def test_what_is_refused_for_good_does_not_hold_up_what_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tracker(tmp_path, params={"a\x07b": 1})
+    record.log(1, {"wmtp_loss": 1.0})
+    record.finish()
+    assert (record.failures, record.lost) == (1, 1)
+    assert rows(tmp_path, "select step from metrics") == [(1,)]
+    assert "1 params are refused" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_parameters_gets_them(tmp_path: Path) -> None:
+    first = tracker(tmp_path, params={})
+    first.finish("KILLED")
+    tracker(tmp_path).finish()
+    assert rows(tmp_path, "select key, value from params") == [("train.max_steps", "12")]
+
+
+def test_steps_that_never_reached_the_record_are_replayed(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    for step in (1, 2):
+        first.log(step, {"wmtp_loss": float(step)})
+    first.finish("KILLED")
+    second = tracker(tmp_path, replay=[(step, {"wmtp_loss": float(step), "step": step}) for step in range(1, 5)])
+    second.log(5, {"wmtp_loss": 5.0})
+    second.finish()
+    told = rows(tmp_path, "select key, step, value from metrics order by step")
+    assert told == [("wmtp_loss", step, float(step)) for step in range(1, 6)]
+
+
+def test_an_artifact_that_is_not_there_is_told_and_holds_up_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tracker(tmp_path)
+    record.artifact(tmp_path / "nothing.svg")
+    record.artifact(Path(__file__))
+    record.finish()
+    assert (record.failures, record.lost) == (0, 1)
+    assert "nothing.svg does not exist" in capsys.readouterr().err
+    kept = tmp_path / "ml runs" / "artifacts" / str(record.run_id) / "artifacts" / Path(__file__).name
+    assert kept.exists()
 
 
 def test_other_ranks_record_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

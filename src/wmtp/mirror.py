@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ class Mirror:
                 found[name] = path
         return found
 
-    def facts(self) -> dict[str, Any]:
-        """What the marker says beside files and time, as of the last `files()`."""
+    def facts(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """What the marker says beside files and time, as of the last `files()`; ``sizes`` of all that it lists."""
         return {}
 
     def unwanted(self, names: set[str], files: dict[str, Path]) -> set[str]:
@@ -162,7 +162,7 @@ class Mirror:
                 "at": round(now, 3),
                 "files": {name: sizes[name] for name in kept},
                 "digests": {name: digests[name] for name in kept if name in digests},
-                **self.facts(),
+                **self.facts({name: sizes[name] for name in kept}),
             }
             self._there |= sizes.keys()
             if copies:
@@ -236,6 +236,8 @@ class Mirror:
         listed, digests = self._marker["files"], self._marker.get("digests", {})
         wanted = []
         for name, size in listed.items():
+            if not self.wants(name):
+                continue
             path = self.folder / name
             if not path.resolve().is_relative_to(self.folder.resolve()):
                 raise DamagedError(f"{self.remote.prefix}: {name!a} climbs out of its folder")
@@ -259,6 +261,10 @@ class Mirror:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / str(number)).replace(self.folder / name)
         self._had.update(listed)
+        return True
+
+    def wants(self, name: str) -> bool:
+        """Whether a `pull` brings this of what the marker lists."""
         return True
 
     def check(self, name: str, path: Path | None) -> None:

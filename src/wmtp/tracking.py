@@ -15,14 +15,21 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from wmtp.config import Storage
+from wmtp.mirror import lasted
+from wmtp.mlstore import DATABASE, StoreMirror, restore, status_of
+from wmtp.remote import DamagedError, TransferError
+
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-POINTS_PER_BATCH = 1000  # MLflow's own limit of one log_batch
+POINTS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 6000  # MLflow's own limits
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+BATCH_S = 2.0  # what is logged within so long goes together
 POINTS_KEPT = 50_000  # during an outage; the oldest go first
 START_WAIT_S = 60.0  # the first database takes about 3 s
 FINISH_WAIT_S = 30.0  # torchrun gives its workers about as much after SIGTERM
@@ -33,7 +40,7 @@ def backend(tracking_uri: str, record: Path) -> tuple[str, str | None, Path | No
     """The URI that MLflow can use, where artifacts go (None: the server knows), the local folder.
 
     A folder (`file:///d` or a plain path) becomes `d/mlflow.db` with `d/artifacts`. MLflow can't
-    track into `s3://`: such a record is kept under `record`, for the caller to upload.
+    track into `s3://`: such a record is kept under `record`, and mirrored.
     """
     scheme = urlsplit(tracking_uri).scheme
     if scheme in ("file", "", "s3"):
@@ -67,8 +74,14 @@ class Tracker:
         params: Mapping[str, Any],
         state_file: Path,
         resumed: str | None = None,
+        storage: Storage | None = None,
+        replay: Sequence[tuple[int, Mapping[str, float | None]]] = (),
     ) -> None:
-        """``resumed``: the run that the checkpoint names, where ``state_file`` is not here (another node)."""
+        """``resumed``: the run that the checkpoint names, where ``state_file`` is not here (another node).
+
+        ``storage``: how bytes go to an `s3://` record. ``replay``: steps and figures that a continued run may lack,
+        since a kill came between a step and its record; a figure "at" says when, in seconds since the epoch.
+        """
         self.failures = 0
         """Calls to MLflow that failed, whether or not a later one made up for it."""
         self.lost = 0
@@ -79,18 +92,30 @@ class Tracker:
         self._state_file, self._resumed = state_file, resumed
         self._client: Any = None
         self._run_id: str | None = None
+        self._params_due = False
         self._recorded: dict[str, int] | None = None  # a continued run: last step by metric
-        self._told = False
+        self._away_since: float | None = None
         self._begun = threading.Event()
         self._ending = threading.Event()
         self._status = "FINISHED"
-        self._inbox: queue.SimpleQueue[list[_Point] | Path | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[int, int, Mapping[str, float]] | Path | None] = queue.SimpleQueue()
         self._points: list[_Point] = []
         self._files: list[Path] = []
         self._thread: threading.Thread | None = None
-        if int(os.environ.get("RANK", "0")) == 0:
-            self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-            self._thread.start()
+        self._mirror: StoreMirror | None = None
+        self._fetched = True
+        if int(os.environ.get("RANK", "0")) != 0:
+            return
+        if urlsplit(tracking_uri).scheme == "s3" and self.folder is not None:
+            prefix = f"{tracking_uri.rstrip('/')}/{run_name}"
+            self._mirror = StoreMirror(self.folder, prefix, storage or Storage(), lambda: self._run_id)
+            self._fetched = False
+            self._mirror.start()
+        for step, figures in replay:
+            known = {k: v for k, v in figures.items() if v is not None and k not in ("step", "at")}
+            self._inbox.put((step, int((figures.get("at") or time.time()) * 1000), known))
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
 
     # What the trainer calls: none of these raises or waits for a server, but `run_id` and `finish`,
     # which wait for a bounded time.
@@ -103,29 +128,30 @@ class Tracker:
         return self._run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._thread is None:
-            return
-        now = time.time_ns() // 1_000_000
-        self._inbox.put([_Point(k, float(v), now, step) for k, v in metrics.items()])
+        if self._thread is not None:
+            self._inbox.put((step, time.time_ns() // 1_000_000, dict(metrics)))
 
     def artifact(self, path: Path | str) -> None:
         if self._thread is not None:
             self._inbox.put(Path(path))
 
     def finish(self, status: str = "FINISHED", wait_s: float = FINISH_WAIT_S) -> None:
-        """Send what is left and close the run; gives up after `wait_s`."""
+        """Send what is left, close the run and mirror it; gives up after `wait_s`."""
         if status not in STATUSES:
             raise ValueError(f"status is one of {', '.join(STATUSES)}, not {status!r}")
         if self._thread is None or self._ending.is_set():
             return
+        until = time.monotonic() + wait_s
         self._status = status
         self._ending.set()
         self._inbox.put(None)
         self._thread.join(wait_s)
         if self._thread.is_alive():
-            self._tell(f"no answer within {wait_s:.0f} s at the end: the run's record is not whole")
+            self._say(f"warn  no answer within {wait_s:.0f} s at the end: the run's record is not whole")
         elif self.lost:
             self._say(f"warn  {self.lost} values are not in the record ({self.failures} failures)")
+        if self._mirror is not None:
+            self._mirror.close(max(until - time.monotonic(), 1.0))
 
     # The thread.
 
@@ -133,11 +159,13 @@ class Tracker:
         retry_at = 0.0
         while True:
             ending = self._ending.is_set()
-            self._take(block_s=0.0 if ending else 0.5)
+            self._take(block_s=0.0 if ending else BATCH_S)
             if time.monotonic() >= retry_at or ending:
                 ok = self._try("start", self._start) and self._try("log", self._send)
                 self._begun.set()
                 retry_at = 0.0 if ok else time.monotonic() + RETRY_WAIT_S
+                if ok:
+                    self._back()
             if ending and self._inbox.empty():
                 break
         if self._run_id is not None:
@@ -145,15 +173,21 @@ class Tracker:
         self.lost += len(self._points) + len(self._files)
 
     def _take(self, block_s: float) -> None:
-        """Move what the trainer put into the inbox to the points and files to send."""
+        """Move what the trainer put into the inbox to the points and files to send.
+
+        Waits until the run ends or ``block_s`` have passed, so that what comes meanwhile is one batch: MLflow's work
+        for a batch is Python's, which takes turns with the trainer's.
+        """
+        if block_s and self._begun.is_set():
+            self._ending.wait(block_s)
         with contextlib.suppress(queue.Empty):
-            item = self._inbox.get(timeout=block_s) if block_s else self._inbox.get_nowait()
             while True:
+                item = self._inbox.get_nowait()
                 if isinstance(item, Path):
                     self._files.append(item)
                 elif item is not None:
-                    self._points.extend(item)
-                item = self._inbox.get_nowait()
+                    step, now, figures = item
+                    self._points.extend(_Point(k, float(v), now, step) for k, v in figures.items())
         if (excess := len(self._points) - POINTS_KEPT) > 0:
             self.lost += excess
             del self._points[:excess]
@@ -171,25 +205,71 @@ class Tracker:
     def _start(self) -> None:
         if self._run_id is not None:
             return
+        if not self._fetched:
+            self._fetch()
         if self._client is None:
             self._client = self._connect()
         client = self._client
         run_id = self._kept_run_id()
-        if run_id is not None and self._known(run_id):
+        found = None if run_id is None else self._known(run_id)
+        if run_id is not None and found is not None:
             client.set_terminated(run_id, "RUNNING")
             self._recorded = {}
+            given = bool(found.data.params)
         else:
-            found = client.get_experiment_by_name(self._experiment)
-            experiment_id = (
-                found.experiment_id
-                if found is not None
-                else client.create_experiment(self._experiment, artifact_location=self._artifacts)
-            )
-            run_id = client.create_run(experiment_id, tags=self._tags, run_name=self._run_name).info.run_id
-            self._try("state file", lambda: self._keep(run_id))
-            for key, value in self._params.items():
-                self._try(f"parameter {key}", lambda k=key, v=value: client.log_param(run_id, k, v))
+            run_id, given = self._create(), False
+        try:
+            self._keep(run_id)
+        except OSError as error:
+            self._say(f"warn  {self._state_file}: {error.strerror}; the next start finds the run by its checkpoint")
+        self._params_due = not given
         self._run_id = run_id
+
+    def _create(self) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        experiment_id = (
+            found.experiment_id
+            if found is not None
+            else self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
+        )
+        run = self._client.create_run(experiment_id, tags=self._tags, run_name=self._run_name)
+        return str(run.info.run_id)
+
+    def _log_batch(self, **what: list[Any]) -> None:
+        """One request. What the server refuses for good would be refused again, and hold up all that follows."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_batch(self._run_id, **what)
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            self.failures += 1
+            for kind, items in what.items():
+                self.lost += len(items)
+                first = str(error).splitlines()[0]
+                self._say(f"warn  {len(items)} {kind} are refused, and not in the record: {_without_secrets(first)}")
+
+    def _fetch(self) -> None:
+        """Bring the record that the bucket has of this run, where the store here is older or none.
+
+        Without an answer there is no start, or the run would have two records; what is logged waits. At the end it is
+        written here all the same.
+        """
+        assert self._mirror is not None and self.folder is not None
+        remote = self._mirror.remote
+        try:
+            marked = restore(self.folder, remote.prefix, remote.storage.model_copy(update={"retries": 1}))
+        except DamagedError as error:
+            self._say(f"warn  {error}: the run gets another record beside it")
+            marked = None
+        except TransferError:
+            if not self._ending.is_set():
+                raise
+            marked = None
+        if marked and self._resumed is None and status_of(self.folder / DATABASE, marked) not in (None, "FINISHED"):
+            self._resumed = marked  # killed before its first checkpoint
+        self._fetched = True
 
     def _connect(self) -> Any:
         for name, value in {
@@ -205,15 +285,17 @@ class Tracker:
 
         return MlflowClient(tracking_uri=self._uri)
 
-    def _known(self, run_id: str) -> bool:
+    def _known(self, run_id: str) -> Any:
+        """The run, where the server has it and nobody deleted it."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._client.get_run(run_id).info.lifecycle_stage == "active"
+            run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
+        return run if run.info.lifecycle_stage == "active" else None
 
     def _kept_run_id(self) -> str | None:
         try:
@@ -238,36 +320,48 @@ class Tracker:
         return self._recorded[key]
 
     def _send(self) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, Param
 
+        if self._params_due:
+            params = [Param(key, str(value)[:VALUE_LENGTH]) for key, value in self._params.items()]
+            for at in range(0, len(params), PARAMS_PER_BATCH):
+                self._log_batch(params=params[at : at + PARAMS_PER_BATCH])
+            self._params_due = False
         while self._points:
             batch = self._points[:POINTS_PER_BATCH]
             fresh = [Metric(p.key, p.value, p.time_ms, p.step) for p in batch if p.step > self._last_step(p.key)]
             if fresh:
-                self._client.log_batch(self._run_id, metrics=fresh)
+                self._log_batch(metrics=fresh)
             del self._points[: len(batch)]
         while self._files:
             path = self._files[0]
             if path.exists():
                 self._client.log_artifact(self._run_id, str(path))
-                del self._files[0]
             else:
-                del self._files[0]
                 self.lost += 1
-                raise FileNotFoundError(f"artifact {path.name} does not exist")
+                self._say(f"warn  the artifact {path} does not exist: it is not in the record")
+            del self._files[0]
 
     def _close(self) -> None:
         self._client.set_terminated(self._run_id, self._status)
 
     def _tell(self, what: str) -> None:
-        if self._told:
+        if self._away_since is not None:
             return
-        self._told = True
+        self._away_since = time.monotonic()
         self._say(
             f"warn  {_without_secrets(what)}\n"
             "          rule  training goes on without its record; failures are counted, retried\n"
             f"          next  see that {_without_secrets(self._uri)} answers (mlflow.tracking_uri)"
         )
+
+    def _back(self) -> None:
+        """The gap is over: how long it was, and what of it is missing."""
+        if self._away_since is None:
+            return
+        away, self._away_since = time.monotonic() - self._away_since, None
+        missing = f"{self.lost} values were too many to keep" if self.lost else "nothing of it is missing"
+        self._say(f"{_without_secrets(self._uri)} takes the record again after {lasted(away)}; {missing}")
 
     @staticmethod
     def _say(text: str) -> None:
