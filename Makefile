@@ -112,6 +112,10 @@ resume: $(STAMP) ## a new run that goes on from an ended one's checkpoints (RUN_
 watch: $(STAMP) ## stay with a run and submit it again when it was preempted (RUN_ID=)
 	@scripts/watch.sh
 
+.PHONY: mlflow
+mlflow: $(STAMP) ## the MLflow runs of a prefix in one local store, and its page ([FROM=s3://bucket/prefix] [NAME=] ENV=)
+	@scripts/mlflow.sh
+
 .PHONY: verify-checkpoint
 verify-checkpoint: $(STAMP) ## the restore drill: a run's newest checkpoint from the bucket, proved and read (RUN_ID= STEP=)
 	@scripts/verify_checkpoint.sh

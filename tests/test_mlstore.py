@@ -282,7 +282,7 @@ def test_three_runs_one_of_them_resumed_are_three_after_merging_twice(
         record.artifact(tmp_path / f"{name}.svg")
         log(record, range(1, 6))
         record.finish("KILLED" if name == "run-b" else "FINISHED")
-        ids[name] = record.run_id
+        ids[name] = str(record.run_id)
     record = tracker(prefix, tmp_path / "two", "run-b", resumed=ids["run-b"])
     log(record, range(4, 10))
     record.finish()
@@ -304,6 +304,7 @@ def test_three_runs_one_of_them_resumed_are_three_after_merging_twice(
 
     client = MlflowClient(f"sqlite:///{database}")
     experiment = client.get_experiment_by_name("wmtp/test")
+    assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     assert {run.info.run_name for run in found} == {"run-a", "run-b"}
     for name, run_id in ids.items():
@@ -327,13 +328,16 @@ def test_what_has_not_changed_is_not_fetched_again(
     log(record, range(1, 3))
     record.finish()
     gather(prefix, tmp_path / "merged", STORAGE)
-    verbs = []
+    verbs: list[str] = []
     real = Remote.s5cmd
-    monkeypatch.setattr(
-        Remote, "s5cmd", lambda self, *a, lines=None: (verbs.append(a[0]), real(self, *a, lines=lines))[1]
-    )
+
+    def spy(self: Remote, *arguments: str, lines: Any = None) -> str:
+        verbs.append(arguments[0])
+        return real(self, *arguments, lines=lines)
+
+    monkeypatch.setattr(Remote, "s5cmd", spy)
     gather(prefix, tmp_path / "merged", STORAGE)
-    assert "run" not in verbs and "cp" not in verbs
+    assert "cat" in verbs and not {"run", "cp"} & {*verbs}
 
 
 def test_a_folder_is_merged_with_its_artifacts_where_they_are(tmp_path: Path) -> None:

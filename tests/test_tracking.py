@@ -148,7 +148,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, Path(__file__).with_name("mlflow_server.py"), self.folder, self.port]
+        command = [sys.executable, str(Path(__file__).with_name("mlflow_server.py")), str(self.folder), self.port]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.uri = self.process.stdout.readline().strip()
