@@ -35,6 +35,11 @@ class Place:
         """The ranks of a global batch; None where this process is all of them."""
         return dist.group.WORLD if dist.is_initialized() else None
 
+    def facts(self) -> dict[str, object]:
+        """What a record says of the machine: number of ranks, kind of device, name of the GPU."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {"world": self.world, "device": self.device.type, "gpu": gpu}
+
     def total(self, values: Tensor) -> Tensor:
         """``values`` summed over the ranks, on the CPU. Collective."""
         values = values.cpu()

@@ -83,6 +83,11 @@ class StepRecord:
         staging.replace(path)
         self._file = path.open("a")
 
+    def replay(self, interval: int, total: int) -> list[tuple[int, dict[str, float | None]]]:
+        """Steps and figures of before that a tracker was to have, one in ``interval``: a kill may have come between."""
+        due = [line for line in self.kept if line["step"] % interval == 0 or line["step"] in (1, total)]
+        return [(line["step"], {name: v for name, v in line.items() if name != "step"}) for line in due]
+
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "at": time.time(), **finite(figures)}) + "\n")
         self._file.flush()
@@ -174,6 +179,11 @@ class Recorder:
             if file.suffix in (".html", ".png"):
                 with contextlib.suppress(OSError):
                     shutil.copy(file, self.folder)
+
+    def artifacts(self) -> list[Path]:
+        """What of the record belongs to the MLflow run, as far as it is there."""
+        files = [self.folder / name for name in ("facts.json", "steps.jsonl", "log.txt")] if self.folder else []
+        return [file for file in files if file.exists()]
 
     def close(self) -> None:
         """No sample any more; the startup script brings the whole to the bucket when it ends."""

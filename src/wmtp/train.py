@@ -365,12 +365,11 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         recipe,
         env=args.env,
         digests=made,
-        world=place.world,
-        device=place.device.type,
-        gpu=torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None,
         total_steps=total,
         checkpoints=f"{remote or disk}/{name}",
+        **place.facts(),
     )
+    record = recorder.steps(checkpoints.folder, step) if place.rank == 0 else None
     tracker = progress.tracker = Tracker(
         PathResolver().resolve_tracking(config.mlflow.tracking_uri),
         config.mlflow.experiment,
@@ -379,17 +378,17 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         params=flat(settings.resolved(config, recipe)),
         state_file=checkpoints.folder / "mlflow.json",
         resumed=state["mlflow_run_id"],
+        storage=config.storage,
+        replay=record.replay(config.log_interval, total) if record else (),
     )
     recorder.facts(facts)
     if held and not state["held_out_before"]:
-        looked = time.time()
-        state["held_out_before"] = held_out_ce(model, held, recipe, place)
+        looked, state["held_out_before"] = time.time(), held_out_ce(model, held, recipe, place)
         recorder.evaluation(step, looked, state["held_out_before"])
         say(f"held out  before: {mean(state['held_out_before']):.3f}  per head {shown(state['held_out_before'])}")
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    record = recorder.steps(checkpoints.folder, step) if place.rank == 0 else None
     first, early, saved, starved = step, recipe.train.early_stopping, step or -1, 0
     figures: dict[str, float] = {}
 
@@ -481,8 +480,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
-    looked = time.time()
-    after = held_out_ce(model, held, recipe, place) if held else []
+    looked, after = time.time(), held_out_ce(model, held, recipe, place) if held else []
     if after:
         recorder.evaluation(step, looked, after)
         say(f"held out  after: {mean(after):.3f}  per head {shown(after)}")
@@ -495,6 +493,8 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     if config.paths.checkpoints.save_final:
         export(model, spec, checkpoints, base, place, f"Trained for {step} steps with {recipe.train.algo}.")
     progress.close()
+    for file in recorder.artifacts():
+        tracker.artifact(file)
     tracker.finish("FINISHED")
     progress.phases.done("end")
     recorder.close()
