@@ -75,7 +75,12 @@ def series(rows: Sequence[dict[str, Any]], key: str, x: str = "step") -> list[tu
     return thinned([(r[x], r[key]) for r in rows if r.get(key) is not None and r.get(x) is not None])
 
 
-def labelled(axes: Axes, lines: Sequence[tuple[str, Sequence[tuple[float, float]], str]], marked: bool = False) -> None:
+def labelled(
+    axes: Axes,
+    lines: Sequence[tuple[str, Sequence[tuple[float, float]], str]],
+    marked: bool = False,
+    zero: bool = False,
+) -> None:
     """Lines with their names at the right end, kept apart where they end together."""
     ends: list[tuple[float, str, str]] = []
     for name, points, colour in lines:
@@ -91,6 +96,8 @@ def labelled(axes: Axes, lines: Sequence[tuple[str, Sequence[tuple[float, float]
             ends.append((points[-1][1], name, colour))
     if not ends:
         return
+    if zero:
+        axes.set_ylim(bottom=0)
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
     at: float | None = None
@@ -152,8 +159,7 @@ def weights_plot(steps: list[dict[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
         heads = sorted(k for k in (steps[-1] if steps else {}) if k.startswith("w_mean_head_"))
         lines = [(f"head {k[12:]}", series(steps, k), COLOURS[n % len(COLOURS)]) for n, k in enumerate(heads)]
-        labelled(axes, [*lines, ("ESS share", series(steps, "w_ess"), "#999999")])
-        axes.set_ylim(bottom=0)
+        labelled(axes, [*lines, ("ESS share", series(steps, "w_ess"), "#999999")], zero=True)
         axes.set_xlabel("step")
         axes.set_ylabel("mean weight (1: unweighted)")
 

@@ -219,8 +219,8 @@ def figures_of(seen: StepResult) -> dict[str, float]:
     return {
         **{f"ce_head_{k}": float(ce) for k, ce in enumerate(sums["ce"] / counts)},
         "w_mean": float(sums["head_sum"].sum() / counts.sum()),
-        "w_min": float(sums["ends"][0].amin()),
-        "w_max": float(sums["ends"][1].amax()),
+        "w_min": float(sums["ends"][0]),
+        "w_max": float(sums["ends"][1]),
         **weight_statistics(sums),
     }
 
@@ -302,7 +302,7 @@ def accumulate(
             sums[name] = sums[name] + part if name in sums else part
         ends.append(torch.stack([w.masked_fill(~mask, math.inf).amin(), w.masked_fill(~mask, -math.inf).amax()]))
         excess = excess + weighting.excess_sums(m, out.ce_bsh).to(excess.device)
-    # Each rank has a column of its own in the sum over the ranks.
+    # Least and greatest weight: each rank has a column of its own in the sum over the ranks.
     ends_2 = torch.stack(ends)
     sums["ends"] = torch.zeros(2, place.world, dtype=torch.float64, device=ends_2.device)
     sums["ends"][:, place.rank] = torch.stack([ends_2[:, 0].amin(), ends_2[:, 1].amax()]).double()
@@ -331,6 +331,7 @@ def train_step(
     for name, part in sums.items():
         sums[name] = flat[at : at + part.numel()].view(part.shape)
         at += part.numel()
+    sums["ends"] = torch.stack([sums["ends"][0].amin(), sums["ends"][1].amax()])
     return StepResult(
         wmtp_loss=float(flat[0]),
         value_loss=float(flat[1]),
