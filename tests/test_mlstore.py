@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from wmtp import mlstore
 from wmtp.config import Storage
 from wmtp.mirror import RECORD
 from wmtp.mlstore import StoreError, StoreMirror, gather, last_step, main, merge, restore
@@ -352,6 +354,46 @@ def test_a_folder_is_merged_with_its_artifacts_where_they_are(tmp_path: Path) ->
     assert str(tmp_path / "ml runs").replace(" ", "%20") in address
     with pytest.raises(StoreError, match="is not there"):
         gather(str(tmp_path / "nothing"), tmp_path / "merged", STORAGE)
+
+
+def test_points_are_kept_as_mlflow_keeps_them(tmp_path: Path) -> None:
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+    (tmp_path / "mlflow.db").write_bytes(EMPTY[0])
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    ours, theirs = (client.create_run("0").info.run_id for _ in range(2))
+    points = [
+        ("a", 1.5, 1000, 1),
+        ("a", 2.5, 2000, 2),
+        ("b", math.nan, 1000, 1),
+        ("c", math.inf, 1000, 3),
+        ("c", -math.inf, 900, 2),
+        ("d", 1.0, 1000, 1),
+        ("d", 2.0, 1000, 1),
+    ]
+    for batch in (points, points[:2]):  # the second is a repetition
+        mlstore.add_points(tmp_path / "mlflow.db", ours, batch)
+        client.log_batch(theirs, metrics=[Metric(*point) for point in batch])
+    for table in ("metrics", "latest_metrics"):
+        query = f"select key, value, timestamp, step, is_nan from {table} where run_uuid = ? order by 1, 4, 2"
+        mine = asked(tmp_path / "mlflow.db", query, ours)
+        assert mine and mine == asked(tmp_path / "mlflow.db", query, theirs)
+    assert client.get_run(ours).data.metrics["a"] == 2.5
+
+
+def test_a_store_of_another_schema_gets_its_points_through_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: Any) -> None:
+        raise sqlite3.OperationalError("no such column")
+
+    monkeypatch.setattr("wmtp.tracking.add_points", refuse)
+    record = Tracker(f"file://{tmp_path}", "wmtp/test", "run", {}, {}, tmp_path / "mlflow.json")
+    record.log(1, {"wmtp_loss": 1.0})
+    record.finish()
+    assert (record.failures, record.lost) == (0, 0)
+    assert steps_of(tmp_path / "mlflow.db", record.run_id) == [1]
 
 
 def test_stores_of_two_mlflow_versions_are_not_mixed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import sqlite3
@@ -67,6 +68,34 @@ def last_step(database: Path, run_id: str) -> int:
         found = store.execute("select max(step) from latest_metrics where run_uuid = ?", [run_id]).fetchone()[0]
         return -1 if found is None else int(found)
     return -1
+
+
+def add_points(database: Path, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+    """Key, value, milliseconds since the epoch and step of each, as MLflow keeps them. Raises sqlite3.Error.
+
+    MLflow's own way in takes a tenth of a millisecond of Python for a value, which a short step would notice.
+    """
+    most = sys.float_info.max
+    rows = [
+        {
+            "key": key,
+            "value": 0.0 if math.isnan(value) else min(max(value, -most), most),
+            "nan": math.isnan(value),
+            "time": time_ms,
+            "step": step,
+            "run": run_id,
+        }
+        for key, value, time_ms, step in points
+    ]
+    listed = "(key, value, timestamp, step, is_nan, run_uuid) values (:key, :value, :time, :step, :nan, :run)"
+    with opened(database) as store:
+        store.executemany(f"insert or ignore into metrics {listed}", rows)
+        store.executemany(
+            f"insert into latest_metrics {listed} on conflict (key, run_uuid) do update set value = excluded.value, "
+            "timestamp = excluded.timestamp, step = excluded.step, is_nan = excluded.is_nan "
+            "where (excluded.step, excluded.timestamp) >= (latest_metrics.step, latest_metrics.timestamp)",
+            rows,
+        )
 
 
 def rehome(database: Path, artifacts: Path) -> None:

@@ -12,18 +12,18 @@ import json
 import os
 import queue
 import re
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from wmtp.config import Storage
 from wmtp.mirror import lasted
-from wmtp.mlstore import DATABASE, StoreMirror, restore, status_of
+from wmtp.mlstore import DATABASE, StoreMirror, add_points, restore, status_of
 from wmtp.remote import DamagedError, TransferError
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -54,8 +54,7 @@ def backend(tracking_uri: str, record: Path) -> tuple[str, str | None, Path | No
     return tracking_uri, None, None
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     key: str
     value: float
     time_ms: int
@@ -329,9 +328,9 @@ class Tracker:
             self._params_due = False
         while self._points:
             batch = self._points[:POINTS_PER_BATCH]
-            fresh = [Metric(p.key, p.value, p.time_ms, p.step) for p in batch if p.step > self._last_step(p.key)]
-            if fresh:
-                self._log_batch(metrics=fresh)
+            fresh = [p for p in batch if p.step > self._last_step(p.key)]
+            if fresh and not self._added(fresh):
+                self._log_batch(metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in fresh])
             del self._points[: len(batch)]
         while self._files:
             path = self._files[0]
@@ -341,6 +340,15 @@ class Tracker:
                 self.lost += 1
                 self._say(f"warn  the artifact {path} does not exist: it is not in the record")
             del self._files[0]
+
+    def _added(self, points: list[_Point]) -> bool:
+        """Whether a store on this disk took them straight; another version's may not, and MLflow itself is asked."""
+        if self.folder is None or self._run_id is None:
+            return False
+        with contextlib.suppress(sqlite3.Error):
+            add_points(self.folder / DATABASE, self._run_id, points)
+            return True
+        return False
 
     def _close(self) -> None:
         self._client.set_terminated(self._run_id, self._status)
