@@ -311,6 +311,14 @@ def test_the_class_of_a_record(tmp_path: Path, end: End, files: dict[str, Any], 
     assert found["class"] == kind and found["evidence"].startswith(evidence), found
 
 
+def test_the_first_rank_is_the_one_that_was_killed(tmp_path: Path) -> None:
+    lost = "Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n"
+    folder = record(tmp_path / "r", exit_json=LOST, log_txt=KILLED_RANK, traceback__rank__0_log=lost)
+    found = explain(folder, End(20, TRAINED, 1))
+    assert found["first_rank"] == "1" and found["evidence"] == "log.txt:3: rank 1 ended by SIGKILL"
+    assert causes.paragraph(found).endswith("Rank 1 was the first; rank 0 ended after it.")
+
+
 def test_what_an_earlier_part_left_does_not_count(tmp_path: Path) -> None:
     old = {"code": 20, "step": 4, "cause": "rank 0: ValueError: x", "class": "bug"}
     folder = record(tmp_path / "r", exit_json=old, traceback__rank__0_log="Traceback (most recent call last):\nE: x\n")

@@ -312,7 +312,8 @@ def _of_signal(record: Record, end: End) -> tuple[str, Line] | None:
     line = record.logged(r"^launch\s+rank \d+ ended by SIG")
     if line:
         name = line.text.partition(" ended by ")[2].split(":")[0].strip()
-        line = Line(line.file, line.number, plain(line.text).removeprefix("launch").strip())
+        told = plain(line.text).removeprefix("launch").partition(":")[0].strip()
+        line = Line(line.file, line.number, told)
     elif end.status is not None and 128 < end.status < 160:
         name = {137: "SIGKILL", 143: "SIGTERM", 130: "SIGINT"}.get(end.status, f"signal {end.status - 128}")
         line = Line("", 0, f"the process ended by {name}")
@@ -321,11 +322,11 @@ def _of_signal(record: Record, end: End) -> tuple[str, Line] | None:
     if name in ("SIGTERM", "SIGINT"):
         return PREEMPTED, line
     if name == "SIGKILL":
-        if told := next((one for one in reversed(record.log) if KERNEL_KILLED.search(one.text)), None):
-            return OUT_OF_MEMORY, told
+        if kernel := next((one for one in reversed(record.log) if KERNEL_KILLED.search(one.text)), None):
+            return OUT_OF_MEMORY, kernel
         if end.kills:
             more = f"; the kernel killed {end.kills} process{'es' * (end.kills > 1)} for memory"
-            return OUT_OF_MEMORY, Line(line.file, line.number, line.text.partition(":")[0] + more)
+            return OUT_OF_MEMORY, Line(line.file, line.number, line.text + more)
         known = memory(record, end.limit_gib)
         rss, limit, free = (known.get(key) for key in ("rss_gib", "limit_gib", "free_gib"))
         if limit and ((rss or 0) >= FULL * limit or (free is not None and free <= (1 - FULL) * limit)):
@@ -483,6 +484,9 @@ def explain(folder: Path, end: End) -> dict[str, Any]:
     kind, evidence = diagnose(record, end)
     ended = exit_file(record, end)
     steps = [row["step"] for row in record.rows("steps.jsonl")[-1:] if "step" in row]
+    # A rank that was killed is in no exit file: the one that saw it go is.
+    of_rank = re.match(r"rank (\d+) ended by ", evidence.text) or re.match(r"rank (\d+): ", str(ended.get("cause")))
+    first = of_rank[1] if of_rank else None
     return {
         "run": folder.name,
         "class": kind,
@@ -494,7 +498,7 @@ def explain(folder: Path, end: End) -> dict[str, Any]:
         "next": next_command(kind, record, evidence),
         "memory": memory(record, end.limit_gib),
         "ranks": {str(rank): line.text[:500] for rank, line in sorted(record.tracebacks.items())},
-        "first_rank": next(iter(re.findall(r"^rank (\d+): ", str(ended.get("cause")))), None),
+        "first_rank": first,
         "at": time.time(),
     }
 
