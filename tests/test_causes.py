@@ -39,7 +39,7 @@ def app_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     app = tmp_path_factory.mktemp("app")
     command = [sys.executable, ROOT / "tests/test_models/generate.py", "--out", app / "models"]
     subprocess.run(command, check=True, cwd=ROOT)
-    (app / "datasets").symlink_to(ROOT / "datasets")
+    (app / "mlruns_test").mkdir()  # a new store takes seconds
     return app
 
 
@@ -48,6 +48,7 @@ def app(app_of_all: Path, tmp_path: Path) -> Path:
     (tmp_path / "models").mkdir()
     for model in (app_of_all / "models").iterdir():
         (tmp_path / "models" / model.name).symlink_to(model)
+    (tmp_path / "mlruns_test").symlink_to(app_of_all / "mlruns_test")
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     return tmp_path
 
