@@ -52,7 +52,7 @@ submitted() {
     record_place "$NAME"
     BUCKET=1
   else
-    note "the record was not read: $(sed -nE '1s/.*FAIL +//p' "$TEMP/why" | grep . || echo 'its checkpoints are not in a bucket')"
+    note "the record was not read: $(sed -nE '1s/.*FAIL +//p' "$TEMP/why" | grep . || echo 'it stays on the node, its checkpoints are not in a bucket')"
   fi
   RECORD=${RUN_DIR:-$ROOT/build/${ENV:-production}/$NAME}/record
 }

@@ -136,3 +136,34 @@ run = json.load(open(sys.argv[1])); run["run_spec"]["title"] = "colleague"; json
   [[ $output == 8 ]]
   cmp "$stub/runs/7.yaml" "$stub/runs/8.yaml"
 }
+
+# with_record NAME: the record of run 7 where the node's mirror would be, found in this checkout as it came last.
+with_record() {
+  local folder="$tree/build/minitest/$1/record" now
+  now=$(date +%s)
+  mkdir -p "$folder"
+  printf '{"algo": "critic-wmtp", "total_steps": 12, "price_per_hour": 6.2}\n' >"$folder/facts.json"
+  printf '{"began": %d, "launcher": "vessl", "number": "7"}\n' $((now - 3600)) >"$folder/parts.jsonl"
+  printf '{"step": 12, "at": %d, "wmtp_loss": null, "tokens_per_second": 2140, "step_seconds": 1}\n' "$now" >"$folder/steps.jsonl"
+}
+
+@test "monitor: of a submitted run what the launcher says, also where there is no record so far, or no bucket" {
+  unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_PROFILE
+  local name
+  name=$(status_name)
+  run -0 --separate-stderr stage monitor_training
+  [[ $output == "$name"*'run 7 on vessl'*'its checkpoints are not in a bucket'*'no record so far'*'[MLflow Experiments]'* ]]
+  with_record "$name"
+  CONFIG=configs/config.vessl.yaml FOLLOW=1 run -0 --separate-stderr "$tree/scripts/monitor_training.sh" "$name"
+  [[ $output == *'running  step 12/12  wmtp_loss not finite'*'warn  not finite at step 12'*'not read: AWS_ACCESS_KEY_ID is not set'*completed* ]]
+}
+
+@test "monitor: a failed run ends with 1 and says what to type, an unknown one with 2" {
+  ended failed 'startup   FAIL  vocabularies ended with 14 after 2 s'
+  run -1 --separate-stderr stage monitor_training
+  [[ $output == *'  failed'*'next  '*'make logs RUN_ID=7'*'ended with 14'*'[MLflow'* ]]
+  RUN_ID=99 run -2 --separate-stderr stage monitor_training
+  told_what_to_do
+}
+
+status_name() { basename "$(dirname "$(find "$tree/build" -name run.id)")"; }

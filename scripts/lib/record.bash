@@ -71,6 +71,7 @@ on_this_machine() {
   [[ -z $submitted || (-z ${RUN_ID:-} && ${submitted%.*} -le ${at%.*}) ]] || return 1
   NAME=${RECORD##*/} KIND=local
   PAGE=(--checkpoints "${RECORD%/logs/*}/checkpoints/$NAME")
+  [[ -d ${PAGE[1]} ]] || PAGE[1]=${RECORD%/logs/*}/test_checkpoints/$NAME
 }
 
 # in_the_bucket: of a run that nobody submitted from here, where VESSL can't be asked, its record alone tells.
