@@ -42,7 +42,7 @@ def step(number: int, at: float) -> dict[str, Any]:
 
 
 def a_run(**known: Any) -> Seen:
-    facts = {
+    facts: dict[str, Any] = {
         "algo": "critic-wmtp",
         "total_steps": 3000,
         "world": 4,
@@ -52,7 +52,7 @@ def a_run(**known: Any) -> Seen:
         "mlflow": {"uri": "https://me:secret@tracking.example/", "run_id": "f" * 32},
         "checkpoints": f"s3://wmtp/checkpoints/{NAME}",
     }
-    held = {
+    held: dict[str, Any] = {
         "launcher": "vessl",
         "number": "4711",
         "status": "running",

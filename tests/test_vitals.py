@@ -20,7 +20,13 @@ NOW = 1_800_000_000.0
 
 def steps(count: int, each: float = 1.0, **figures: Any) -> list[dict[str, Any]]:
     """Steps that end a while before NOW, alike but for a little noise in the loss."""
-    known = {"tokens_per_second": 2000.0, "step_seconds": each, "data_wait_s": 0.0, "w_ess": 0.7, "w_zeros": 0.1}
+    known: dict[str, Any] = {
+        "tokens_per_second": 2000.0,
+        "step_seconds": each,
+        "data_wait_s": 0.0,
+        "w_ess": 0.7,
+        "w_zeros": 0.1,
+    }
     return [
         {"step": i + 1, "at": NOW - (count - i) * each, "wmtp_loss": 3 + 0.01 * (i % 3), **known, **figures}
         for i in range(count)
@@ -29,8 +35,8 @@ def steps(count: int, each: float = 1.0, **figures: Any) -> list[dict[str, Any]]
 
 def seen(lines: list[dict[str, Any]], **known: Any) -> Seen:
     began = lines[0]["at"] - 10 if lines else NOW - 10
-    known = {"parts": [Part(began, "local")], "facts": {"total_steps": 3000}, "sign": NOW, "now": NOW} | known
-    return Seen("run", "local", steps=lines, **known)
+    held: dict[str, Any] = {"parts": [Part(began, "local")], "facts": {"total_steps": 3000}, "sign": NOW, "now": NOW}
+    return Seen("run", "local", steps=lines, **held | known)
 
 
 def write(folder: Path, **files: list[dict[str, Any]] | dict[str, Any] | str) -> Path:
@@ -61,7 +67,12 @@ def test_of_a_large_file_only_whole_lines_of_its_end_are_read(tmp_path: Path) ->
 
 
 def test_parts_are_paired_also_after_a_kill() -> None:
-    lines = [{"began": 1, "launcher": "vessl", "number": 7}, {"began": 5}, {"ended": 9, "code": 75}, {"ended": 10}]
+    lines: list[dict[str, Any]] = [
+        {"began": 1, "launcher": "vessl", "number": 7},
+        {"began": 5},
+        {"ended": 9, "code": 75},
+        {"ended": 10},
+    ]
     assert vitals.parts_of(lines) == [Part(1, "vessl", "7"), Part(5, ended=9, code=75)]
 
 
