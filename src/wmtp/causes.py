@@ -63,8 +63,8 @@ NETWORK_WORDS = re.compile(
     r"|NCCL (error|timeout)|NCCL communicator was aborted|broken pipe|no route to host|name resolution",
     re.IGNORECASE,
 )
-PHASES = ("imports", "ranks", "data", "models", "scores", "load", "pretrain", "held out", "first step", "train")
-"""Of the trainer, in order; what comes after the last is the end: held-out loss, export, upload."""
+PHASES = ("imports", "ranks", "data", "models", "scores", "load", "pretrain", "held out", "first step", "train", "end")
+"""Of the trainer, in order; the end: held-out loss, export, upload."""
 LOG_LINES, LOG_BYTES, FILE_BYTES = 500, 1 << 18, 1 << 21
 NODE_LINES = 360  # an hour
 FULL = 0.95  # of the limit: what is killed here was killed for memory

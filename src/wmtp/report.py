@@ -23,8 +23,8 @@ from typing import Any
 
 from wmtp import plots
 from wmtp.ledger import MEANING, Ledger, bytes_from_bucket, ledger_of, price_of
+from wmtp.preflight import flat
 from wmtp.record import lines, read_json
-from wmtp.resume import flat
 
 NONE = "not recorded"
 EGRESS_PER_GB = 0.09  # as wmtp.runfile has it
@@ -255,7 +255,7 @@ def sections(run: Run, notes: str, again: str) -> list[Section]:
         ("steps", f"{len(run.steps)} of {figure(facts.get('total_steps'))}", "steps.jsonl"),
         ("held-out loss", learned(run), "evals.jsonl"),
     ]
-    if run.failure:
+    if run.failure and run.state not in ("completed", "running"):  # else an earlier part's, which was survived
         verdict.append(("cause class", str(run.failure.get("class")), "failure.json"))
         verdict.append(("evidence", figure(run.failure.get("evidence")), "failure.json"))
         verdict.append(("next", figure(run.failure.get("next")), "failure.json"))
