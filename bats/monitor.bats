@@ -109,6 +109,21 @@ PY
   [[ $output == "$name  failed"*'7/12'* && ! -e $kept/log.txt ]]
 }
 
+@test "monitor: --follow sees what the mirror brings, and leaves nobody behind" {
+  need_bucket
+  local name=t-$BATS_SUITE_TEST_NUMBER-$$-$RANDOM
+  record "$work/far" 5
+  mirror "$work/far" "$name"
+  (
+    sleep 2
+    record "$work/far" 7 20
+    mirror "$work/far" "$name"
+  ) &
+  WMTP_MIRROR_S=0 run -1 --separate-stderr monitor --follow "$name"
+  [[ $output == *'running  step 5/12'*'failed  step 7/12'*'code 20, numerics'* && -z $stderr ]]
+  run ! pgrep -f "$tree/scripts/monitor_training.sh"
+}
+
 @test "monitor: a bucket that does not answer, and one that refuses, are told apart" {
   need_bucket
   S3_ENDPOINT_URL=http://127.0.0.1:9 run -11 --separate-stderr monitor t-none

@@ -3,7 +3,7 @@
 # One page of a run: state, step, time left, money, warnings; GPU utilization and memory, the last 50 lines of its log, its
 # MLflow run. Without RUN_ID the newest of this checkout, runs on this machine included. --follow draws it anew in place until
 # the run ends (q or Ctrl-C leaves; the run goes on), or tells changes a line each where standard output is no terminal.
-#   POLL_S   seconds between two looks at the launcher (default 10)
+#   POLL_S   seconds between two looks at the launcher (default 10)      WMTP_MIRROR_S   at the bucket (default 30)
 #   ENV, LAUNCHER   choose among runs of the same name, and the bucket that holds the record; S3_*, AWS_* as everywhere
 # Standard output: the page. The record of a run elsewhere is kept in build/ENV/RUN/record.
 # Exit codes: 0 it goes on or has completed, 1 it failed, 2 no such run, 3 credential, 11 no answer.
@@ -61,7 +61,9 @@ note() { keep "$TEMP/look/note" "$*"; }
 
 # look: what the launcher has said, and what is new in the bucket.
 look() {
-  local rc=0
+  local rc=0 every=${WMTP_MIRROR_S:-30}
+  every=${every%.*}
+  [[ $every =~ ^[0-9]{1,6}$ ]] || every=30
   if [[ -n $NUMBER ]]; then
     LINES=("${LINES[@]}" "${FRESH[@]}")
     LINES=("${LINES[@]: -$((${#LINES[@]} < 50 ? ${#LINES[@]} : 50))}")
@@ -71,7 +73,7 @@ look() {
   ((BUCKET && SECONDS >= DUE)) || return 0
   fetch_record "$NAME" "$RECORD" || rc=$?
   # What leaves a bucket costs: 100 kB/s at most.
-  DUE=$((SECONDS + 30 + MOVED / 100000))
+  DUE=$((SECONDS + 10#$every + MOVED / 100000))
   case $rc in
     0) rm -f -- "$TEMP/look/note" ;;
     1) note "no record so far in $BASE/$NAME/record" && return ;;
@@ -120,6 +122,7 @@ main() {
     if [[ $KIND != local ]]; then
       keep_looking </dev/null >/dev/null 2>"$TEMP/said" &
       LOOKER=$!
+      disown "$LOOKER" # its end is no news
     fi
   fi
   watch_signals
