@@ -35,7 +35,8 @@ STEP_S = 0.02
 
 def train(prefix: str, app: Path) -> None:
     """Log a step each 20 ms, from where the last one ended: `steps.jsonl` is what a checkpoint would know."""
-    from wmtp.tracking import StepRecord, Tracker
+    from wmtp.record import StepRecord
+    from wmtp.tracking import Tracker
 
     steps = app / "steps.jsonl"
     told = [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else []

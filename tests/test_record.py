@@ -104,6 +104,17 @@ def test_the_record_is_in_the_bucket_and_comes_to_the_next_node(folder: Path, pr
     assert [part.began for part in parts_of(other)] == [1000, 2000]
 
 
+def test_how_an_earlier_part_ended_leaves_the_bucket_with_the_next(folder: Path, prefix: str) -> None:
+    there = ("--set", f"paths.checkpoints.base_path={prefix}/checkpoints")
+    assert begin(folder, "--began", "1000", *there) == 0
+    (folder / "exit.json").write_text('{"code": 20}')
+    assert record.main(["end", str(folder), *PAIR, *there, "--env", "test", "--code", "20"]) == 0
+    (folder / "exit.json").unlink()
+    mirror = record.RecordMirror(folder, f"{prefix}/checkpoints/run/{record.NAME}", Storage())
+    (folder / "log.txt").write_text("on")
+    assert mirror.push() and set(mirror.remote.listed("*")) == {"log.txt", "parts.jsonl", "record.json"}
+
+
 def test_facts_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     from wmtp import config as settings
 

