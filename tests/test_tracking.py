@@ -208,7 +208,7 @@ def test_a_server_that_was_killed_and_came_back_has_every_step_in_order(
     assert f"{server.uri} takes the record again after" in told and "nothing of it is missing" in told
 
 
-def test_parameters_go_in_one_request(tmp_path: Path) -> None:
+def test_parameters_go_in_one_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = Server(tmp_path / "ml runs")
     try:
         record = tracker(tmp_path, tracking_uri=server.uri, params={f"p{n}": "x" * 7000 for n in range(40)})
@@ -218,6 +218,7 @@ def test_parameters_go_in_one_request(tmp_path: Path) -> None:
     finally:
         server.kill()
     assert rows(tmp_path, "select count(*), max(length(value)) from params") == [(40, 6000)]
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_refused_for_good_does_not_hold_up_what_follows(

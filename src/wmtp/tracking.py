@@ -197,7 +197,7 @@ class Tracker:
         except Exception as error:  # an outage of the record is no reason to lose a training
             self.failures += 1
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._tell(f"{what}: {type(error).__name__}: {first}")
+            self._tell(f"{what}: {type(error).__name__}: {first[:300]}")
             return False
         return True
 
@@ -274,6 +274,7 @@ class Tracker:
         for name, value in {
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_LOGGING_LEVEL": "WARNING",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the stage's own
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         }.items():
