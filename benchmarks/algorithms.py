@@ -24,7 +24,6 @@ from wmtp.model import ModelSpec, MTPModel, RewardModel
 from wmtp.objective import weight_statistics
 from wmtp.optim import adamw
 from wmtp.ranks import Place
-from wmtp.scoring import last_tokens
 from wmtp.step import Weighting, clip, share_of, train_step
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "configs"
@@ -57,7 +56,7 @@ def stepper(name: str, batches: Batches, rows: int) -> Callable[[], object]:
     if weighting.needs_reference:
         score = 10 * torch.rand(shape)
     elif weighting.needs_value:
-        score = torch.randn(shape) * last_tokens(batches.rows)
+        score = torch.randn(shape) * batches.rows.last_tokens()
     at = 0
 
     def step() -> object:

@@ -42,7 +42,7 @@ from wmtp.optim import adamw, learning_rate  # noqa: E402
 from wmtp.outcome import Stop  # noqa: E402
 from wmtp.pretrain import pretrain_value_head  # noqa: E402
 from wmtp.ranks import Place  # noqa: E402
-from wmtp.scoring import last_tokens, zscored  # noqa: E402
+from wmtp.scoring import zscored  # noqa: E402
 from wmtp.step import Weighting, clip, micro_of, share_of, train_step  # noqa: E402
 
 PLACE = Place(torch.device("cpu"))
@@ -177,7 +177,7 @@ def rewarded_rows(count: int, g: torch.Generator, prize: int) -> tuple[Rows, Ten
         documents.append(document.tolist())
         reward.append(float(earns))
     rows = pack(documents, LENGTH, 2, False)
-    return rows, last_tokens(rows) * torch.tensor(reward)[:, None]
+    return rows, rows.last_tokens() * torch.tensor(reward)[:, None]
 
 
 def reward_run(seed: int, steps: int) -> list[tuple[float, float, float]]:
