@@ -91,7 +91,7 @@ take_over() {
 
 # same_work FILE FOLDER: whether the living run was made of the same; its image may have been built again.
 same_work() {
-  [[ ! -f $2/run.yaml ]] || cmp -s <(grep -v '^image:' "$1") <(grep -v '^image:' "$2/run.yaml")
+  [[ ! -f $2/run.yaml ]] || cmp -s <(grep -vE '^image:|^  WMTP_IMAGE:' "$1") <(grep -vE '^image:|^  WMTP_IMAGE:' "$2/run.yaml")
 }
 
 # create_once FILE NAME FOLDER: the number of the one run of that name, in NUMBER; FOLDER/run.id keeps it, CREATED says
