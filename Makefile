@@ -137,7 +137,7 @@ format: $(STAMP) ## rewrite what lint would only name
 	@scripts/lint.sh --fix
 
 .PHONY: soak
-soak: $(STAMP) ## long: kill training and mini-test at drawn moments, again and again (ALGO= SEED= STAGES=)
+soak: $(STAMP) ## long: kills at drawn moments, a day of a bucket, the tests that make test leaves out (ALGO= SEED= STAGES=)
 	@scripts/soak.sh
 
 .PHONY: study
