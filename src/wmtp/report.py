@@ -25,9 +25,9 @@ from wmtp import plots
 from wmtp.ledger import MEANING, Ledger, bytes_from_bucket, ledger_of, price_of
 from wmtp.preflight import flat
 from wmtp.record import lines, read_json
+from wmtp.runfile import EGRESS_PER_GB
 
 NONE = "not recorded"
-EGRESS_PER_GB = 0.09  # as wmtp.runfile has it
 STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;margin:0 auto;padding:16px;max-width:1360px}
