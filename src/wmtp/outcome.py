@@ -27,7 +27,7 @@ from wmtp.config import ConfigError
 from wmtp.data import DataError
 from wmtp.model import ModelError
 from wmtp.paths import PathResolver
-from wmtp.record import Recorder, add_line
+from wmtp.record import add_line
 from wmtp.remote import MARKER, CheckpointError, TransferError
 from wmtp.tracking import Tracker
 from wmtp.watch import Watch
@@ -115,7 +115,6 @@ class Progress:
     kind: str | None = None
     """The class of the cause, where an exception or a watch knew it."""
     tracker: Tracker | None = None
-    recorder: Recorder | None = None
     phases: Phases = field(default_factory=lambda: Phases(None))
     shelves: list[Checkpoints] = field(default_factory=list)
     """Everything that uploads, to be waited for."""

@@ -80,7 +80,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.facts, self.exit = read_json(folder / "facts.json"), read_json(folder / "exit.json")
-        self.summary, self.failure = read_json(folder / "summary.json"), read_json(folder / "failure.json")
+        self.failure = read_json(folder / "failure.json")
         self.vocab = read_json(folder / "vocab.json")
         self.steps, self.evals = lines(folder / "steps.jsonl"), lines(folder / "evals.jsonl")
         self.node, self.phases = lines(folder / "node.jsonl"), lines(folder / "phases.jsonl")

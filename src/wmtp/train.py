@@ -295,7 +295,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
     checkpoints = checkpoints_at(name)
     need_shared(checkpoints.folder, place)
     beside = args.exit_file.parent if args.exit_file and place.rank == 0 else None
-    recorder = progress.recorder = Recorder(beside, f"{remote}/{name}" if remote else None, config.storage)
+    recorder = Recorder(beside, f"{remote}/{name}" if remote else None, config.storage)
     # Looked at now, before data are read and scored for a run that is refused.
     per_step = rows_per_step(recipe, place.world)
     made = made_of(config, recipe, rows_per_step=per_step)
@@ -464,11 +464,11 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         due = step % config.paths.checkpoints.save_interval == 0 and not state["not_finite_in_a_row"]
         if due or step == total or stopping:
             stop.rest()
-            began = time.time()
+            began, tick = time.time(), time.monotonic()
             state["mlflow_run_id"], state["weighting"] = tracker.run_id, weighting.state_dict()
             recorder.facts(facts | {"mlflow_run_id": tracker.run_id})
             checkpoints.save(step, model, optimizer, state)
-            pace.stalled(time.time() - began)
+            pace.stalled(time.monotonic() - tick)
             progress.phases.span("save", began)
             saved = step
         if stopping:
