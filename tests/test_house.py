@@ -52,6 +52,22 @@ def test_locks_record_hashes_and_no_addresses() -> None:
         assert not [line for line in text.splitlines() if line.startswith("torch==")]
 
 
+def test_what_a_run_needs_is_locked_alike_on_a_laptop() -> None:
+    """install.sh reads dev.txt alone: a package that only run.txt has is missing on every fresh clone."""
+
+    def pins(lock: str) -> dict[str, str]:
+        lines = (ROOT / "requirements" / lock).read_text().splitlines()
+        return dict(line.split(";")[0].rstrip(" \\").split("==") for line in lines if "==" in line.split(";")[0])
+
+    def asked(file: str) -> set[str]:
+        lines = (ROOT / "requirements" / file).read_text().splitlines()
+        return {line.split("==")[0].strip().replace(".", "-") for line in lines if line.strip() and line[0] not in "#-"}
+
+    laptop, run = pins("dev.txt"), pins("run.txt")
+    assert run.items() <= laptop.items()
+    assert asked("run.in") <= run.keys() and asked("dev.in") <= laptop.keys()
+
+
 def test_a_script_stays_within_150_lines() -> None:
     scripts = [*(ROOT / "scripts").rglob("*.*sh"), *(ROOT / "docker").glob("*.sh")]
     assert scripts
