@@ -1,6 +1,6 @@
 """A proxy between an S3 client and its server that does to the bytes what a bad day does.
 
-    python tests/fault_proxy.py --to http://127.0.0.1:PORT [--faults FILE] [--log FILE] [FAULT…]
+    python tests/fault_proxy.py --to http://127.0.0.1:PORT [--port N] [--faults FILE] [--log FILE] [FAULT…]
 
 Prints its own address once it listens, and dies with its parent. A FAULT is `KIND:name=value,…`; FILE is a JSON list of
 objects with the same names (`fault` is the KIND), and counts anew whenever it is written while the proxy runs.
@@ -342,6 +342,7 @@ class Proxy:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", required=True, help="address of the server")
+    parser.add_argument("--port", type=int, default=0, help="its own; 0: a free one")
     parser.add_argument("--faults", type=Path, help="a JSON list of faults; it may be written, or change, later")
     parser.add_argument("--log", type=Path, help="one JSON line a request")
     parser.add_argument("fault", nargs="*")
@@ -350,7 +351,7 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # four a connection
     proxy = Proxy(arguments.to, Faults(arguments.fault, arguments.faults), arguments.log)
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+    with socket.create_server(("127.0.0.1", arguments.port), backlog=512) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         proxy.serve(listener)
 

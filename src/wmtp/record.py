@@ -151,6 +151,7 @@ class Recorder:
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         if folder:
+            folder.mkdir(parents=True, exist_ok=True)
             self._thread = threading.Thread(target=self._work, name="record", daemon=True)
             self._thread.start()
         if self._mirror:

@@ -5,8 +5,7 @@
 
 Standard error is the story, standard output nothing. Exit codes: 0 done, 2 bad input, 10 disk full or not writable,
 12 the bucket did not take or give a checkpoint, 20 training failed, 75 stopped with everything saved (start the same
-command again and it goes on). torchrun turns its children's codes into 1, so the code, its cause and the step are also
-in ``--exit-file``.
+command again and it goes on). torchrun makes 1 of its children's codes: code, cause and step are in ``--exit-file``.
 """
 
 from __future__ import annotations
@@ -294,8 +293,9 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
 
     checkpoints = checkpoints_at(name)
     need_shared(checkpoints.folder, place)
-    beside = args.exit_file.parent if args.exit_file and place.rank == 0 else None
-    recorder = Recorder(beside, f"{remote}/{name}" if remote else None, config.storage)
+    beside = args.exit_file.absolute().parent if args.exit_file and place.rank == 0 else None
+    ours = beside if beside and beside.name == name else None  # all of it is mirrored: it must be the run's alone
+    recorder = Recorder(ours, f"{remote}/{name}" if remote else None, config.storage)
     # Looked at now, before data are read and scored for a run that is refused.
     per_step = rows_per_step(recipe, place.world)
     made = made_of(config, recipe, rows_per_step=per_step)
