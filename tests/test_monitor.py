@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -21,7 +22,8 @@ from typing import Any
 
 import pytest
 
-from wmtp import monitor
+from wmtp import monitor, record
+from wmtp.ledger import Ledger
 from wmtp.vitals import Part, Seen
 
 NOW = 1_800_000_000.0
@@ -90,6 +92,22 @@ def test_the_page_holds_the_three_blocks_under_the_facts() -> None:
     blocks = [page.index(f"[{name}") for name in ("GPU Utilization]", "Training Logs", "MLflow Experiments]")]
     assert blocks == sorted(blocks)
     assert "secret" not in page
+
+
+def test_where_the_seconds_went_and_what_came_from_the_bucket_are_said() -> None:
+    seconds = {"training": 1800.0, "saving": 9.0, "sync": 231.0, "redone": 60.0, "start": 1500.0}
+    ledger = Ledger(seconds, [], [record.Part(NOW - 3600, NOW, 0)], 100, 5)
+    text = text_of(a_run(ledger=ledger, moved=53_000_000_000))
+    assert "goodput     50 % trained; start 25 min 0 s, sync 3 min 51 s, redone 1 min 0 s\n" in text
+    assert "bucket      53.00 GB came from it\n" in text
+    assert "goodput" not in text_of(a_run())
+
+
+def test_the_ledger_is_read_from_the_record(tmp_path: Path) -> None:
+    (tmp_path / "parts.jsonl").write_text('{"began": 100.0}\n{"ended": 110.0, "code": 0}\n')
+    (tmp_path / "steps.jsonl").write_text(json.dumps({"step": 1, "at": 110.0, "step_seconds": 4.0}) + "\n")
+    args = argparse.Namespace(name="r", launcher="local", number="", record=tmp_path, look=None, checkpoints=None)
+    assert "goodput     40 % trained" in "\n".join(text for _, text in monitor.page(monitor.Monitor(args).look()))
 
 
 def test_without_a_gpu_or_a_price_it_says_so() -> None:

@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from wmtp import vitals
+from wmtp.ledger import Ledger, bytes_from_bucket, ledger_of
 from wmtp.vitals import Line, Seen, Standing, number
 
 LOG_LINES = 50
+COUNT_EVERY_S, COUNT_SHARE = 30.0, 0.05  # the ledger reads all of a record: 4.5 s of 100 000 steps
 SMALL = 2**16  # bytes
 STYLES = {"plain": "", "head": "1", "good": "32", "warn": "33", "bad": "31"}
 Row = tuple[str, str]
@@ -103,7 +105,8 @@ def head(seen: Seen, width: int | None = None) -> list[Row]:
     if len(seen.parts) > 1:
         what.append(f"part {len(seen.parts)}")
     named = [("run", ", ".join(str(w) for w in what if w)), ("step", progress(seen, state)), ("wmtp_loss", loss(seen))]
-    named += [("spent", spent(seen)), ("checkpoint", checkpoint(seen))]
+    named += [("spent", spent(seen)), ("goodput", goodput(seen)), ("checkpoint", checkpoint(seen))]
+    named.append(("bucket", "" if not seen.moved else f"{seen.moved / 1e9:.2f} GB came from it"))
     rows += [("plain", f"  {name:<11} {text}") for name, text in named if text]
     told = [("why", "bad" if state.failed else "warn", state.why), ("note", "warn", seen.note)]
     told += [("warn", "warn", text) for text in vitals.warnings(seen)]
@@ -173,6 +176,14 @@ def spent(seen: Seen) -> str:
     cost = "price not set (launcher.price_per_hour)" if price is None else f"about ${seconds / 3600 * price:.2f}"
     parts = f" in {len(seen.parts)} parts" if len(seen.parts) > 1 else ""
     return f"{span(seconds)}{parts}, {cost}"
+
+
+def goodput(seen: Seen) -> str:
+    """The share of the seconds that trained, and what most of the others went to."""
+    if seen.ledger is None or seen.ledger.goodput is None:
+        return ""
+    others = sorted((s, kind) for kind, s in seen.ledger.seconds.items() if kind != "training")[:-4:-1]
+    return f"{seen.ledger.goodput * 100:.0f} % trained; " + ", ".join(f"{kind} {span(s)}" for s, kind in others)
 
 
 def checkpoint(seen: Seen) -> str:
@@ -365,10 +376,20 @@ class Monitor:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self._count_at = float("-inf")
+        self._ledger: Ledger | None = None
+        self._moved: int | None = None
 
     def look(self) -> Seen:
         a = self.args
-        return vitals.read(a.name, a.launcher, a.number, a.record, a.look, a.checkpoints)
+        seen = vitals.read(a.name, a.launcher, a.number, a.record, a.look, a.checkpoints)
+        began = time.monotonic()
+        if a.record and began > self._count_at:
+            self._ledger, self._moved = ledger_of(a.record), bytes_from_bucket(a.record)
+            ended = time.monotonic()
+            self._count_at = ended + max(COUNT_EVERY_S, (ended - began) / COUNT_SHARE)
+        seen.ledger, seen.moved = self._ledger, self._moved
+        return seen
 
     def given_up(self) -> tuple[int, str] | None:
         """The code and the words with which the stage beside this gave up asking."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from wmtp.ledger import Ledger
+
 TAIL_BYTES = 2**20  # of a growing file, at most: some thousand steps, or a day's figures of a node
 NODE_EVERY_S = 10.0
 SILENT_HERE_S, SILENT_MIRROR_S = 60.0, 180.0  # a node writes every 10 s; its mirror is renewed every 30
@@ -66,6 +68,10 @@ class Seen:
     record: Path | None = None
     alive: bool = False
     """A process of this run is at work on this machine."""
+    ledger: Ledger | None = None
+    """Where the seconds went; counted less often than the rest."""
+    moved: int | None = None
+    """Bytes that came from the bucket."""
     now: float = field(default_factory=time.time)
 
     @property
