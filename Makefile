@@ -4,7 +4,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 ENVS := test minitest production
-ALGOS := baseline-mtp rho1-wmtp critic-wmtp
+ALGOS := $(sort $(subst _,-,$(patsubst configs/recipe.%.yaml,%,$(wildcard configs/recipe.*.yaml))))
 LAUNCHERS := local docker vessl
 
 refuse = $(if $(filter-out $(2),$($(1))),$(error $(1)=$($(1)): not known. $(1) is one of: $(2). For example: make minitest ALGO=critic-wmtp))
@@ -19,21 +19,21 @@ export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND 
 STAMP := .venv/.installed-$(shell cat requirements/*.txt pyproject.toml scripts/install.sh | cksum | tr ' ' -)
 
 .PHONY: help
-help: ## this list
-	@scripts/help.sh Makefile
+help: ##- this list
+	@scripts/help.sh Makefile "$(ALGOS)"
 
 $(STAMP):
 	@scripts/install.sh $(STAMP)
 
 .PHONY: install
-install: $(STAMP) ## the environment in .venv (every target does this on first use)
+install: $(STAMP) ##- the environment in .venv (every target does this on first use)
 
 .PHONY: minitest
-minitest: $(STAMP) ## the whole way, small and local: bucket, sync, train on 2 ranks, checkpoint (ALGO=)
+minitest: $(STAMP) ## the whole way, small and on this machine (ALGO=)
 	@scripts/minitest.sh
 
 .PHONY: train
-train: $(STAMP) ## the local test: test models, one device, no bucket (ALGO=)
+train: $(STAMP) ## the local test: one device, no bucket (ALGO=)
 	@scripts/train_local.sh
 
 .PHONY: dryrun
@@ -41,59 +41,59 @@ dryrun: $(STAMP) ## what can be known to fail before a run (ENV= ALGO=)
 	@scripts/test_vessl_config.sh
 
 .PHONY: sync
-sync: $(STAMP) ## models from the bucket to this machine (CONFIG= RECIPE= NAME=)
+sync: $(STAMP) ##- a run's models from the bucket (CONFIG= RECIPE= NAME=)
 	@scripts/sync_models.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(NAME),--model "$(NAME)")
 
 .PHONY: cache
-cache: $(STAMP) ## the models on this machine: versions, sizes, used by what, how old (EVICT=NAME, a digest, or unused)
+cache: $(STAMP) ##- the models on this machine: versions, sizes, used by what, how old (EVICT=NAME, a digest, or unused)
 	@scripts/cache.sh $(if $(EVICT),--evict "$(EVICT)")
 
 .PHONY: check-vocab
-check-vocab: $(STAMP) ## one vocabulary in all models of the run (CONFIG= RECIPE=)
+check-vocab: $(STAMP) ##- one vocabulary in all models of the run (CONFIG= RECIPE=)
 	@scripts/check_vocab.sh $(if $(CONFIG),--config "$(CONFIG)") $(if $(RECIPE),--recipe "$(RECIPE)")
 
 .PHONY: publish-models
-publish-models: $(STAMP) ## models to the bucket, manifest last (FROM=dir [NAMES=…] [AS=datasets] [FORCE=1 replaces])
+publish-models: $(STAMP) ## models to the bucket (FROM=dir NAMES= AS=datasets FORCE=1)
 	@scripts/publish_models.sh --from "$(FROM)" $(if $(AS),--as "$(AS)") $(if $(filter 1,$(FORCE)),--force) $(NAMES)
 
 .PHONY: models
-models: $(STAMP) ## what is published in the bucket: files, bytes, digest
+models: $(STAMP) ## what is published: files, bytes, digest
 	@scripts/models.sh
 
 .PHONY: verify-models
-verify-models: $(STAMP) ## every byte of what is published, or of synced models, against its manifest ([NAME=] [FROM=dir])
+verify-models: $(STAMP) ##- every byte of what is published, or of synced models, against its manifest ([NAME=] [FROM=dir])
 	@scripts/verify_models.sh $(if $(FROM),--from "$(FROM)") $(NAME) $(NAMES)
 
 .PHONY: deploy
-deploy: $(STAMP) ## dry run, build, push, submit, follow to the tenth step, report (ENV= ALGO=; DRY_RUN=1 only tells)
+deploy: $(STAMP) ## dry run, build, push, submit, follow, report (ENV= ALGO=)
 	@scripts/deploy.sh
 
 .PHONY: build
-build: $(STAMP) ## the image of this revision (ENV=)
+build: $(STAMP) ##- the image of this revision (ENV=)
 	@scripts/build.sh
 
 .PHONY: push
-push: $(STAMP) ## the image to the registry; a token on standard input logs in (ENV=)
+push: $(STAMP) ##- the image to the registry; a token on standard input logs in (ENV=)
 	@scripts/push.sh
 
 .PHONY: submit
-submit: $(STAMP) ## one run of the pushed image, created once per name (ENV= ALGO= RESUME=1)
+submit: $(STAMP) ##- one run of the pushed image, created once per name (ENV= ALGO= RESUME=1)
 	@scripts/submit.sh
 
 .PHONY: status
-status: $(STAMP) ## how a run stands (RUN_ID=name or number; default: the newest of this checkout)
+status: $(STAMP) ## how a run stands (RUN_ID=name or number; default: the newest)
 	@scripts/status.sh
 
 .PHONY: logs
-logs: $(STAMP) ## the last lines of a run (RUN_ID= TAIL=200 FOLLOW=1)
+logs: $(STAMP) ## its last lines (RUN_ID= TAIL=200 FOLLOW=1)
 	@scripts/logs.sh
 
 .PHONY: monitor
-monitor: $(STAMP) ## one page of a run: state, GPUs, log, MLflow, warnings (RUN_ID= FOLLOW=1; local runs too)
+monitor: $(STAMP) ## one page of it, drawn again (RUN_ID= FOLLOW=1)
 	@scripts/monitor_training.sh
 
 .PHONY: report
-report: $(STAMP) ## the completion report of a run, as a page and as Markdown (RUN_ID= NOTES=file; local runs too)
+report: $(STAMP) ## its completion report: page and Markdown (RUN_ID= NOTES=file)
 	@scripts/report.sh
 
 .PHONY: compare
@@ -101,23 +101,23 @@ compare: $(STAMP) ## runs side by side (RUNS="a b c")
 	@scripts/report.sh
 
 .PHONY: stop
-stop: $(STAMP) ## end a run (RUN_ID=)
+stop: $(STAMP) ## end it (RUN_ID=)
 	@scripts/stop.sh
 
 .PHONY: resume
-resume: $(STAMP) ## a new run that goes on from an ended one's checkpoints (RUN_ID=)
+resume: $(STAMP) ## a new run that goes on from its checkpoints (RUN_ID=)
 	@scripts/resume.sh
 
 .PHONY: watch
-watch: $(STAMP) ## stay with a run and submit it again when it was preempted (RUN_ID=)
+watch: $(STAMP) ## stay with it, and resume it when it was preempted (RUN_ID=)
 	@scripts/watch.sh
 
 .PHONY: mlflow
-mlflow: $(STAMP) ## the MLflow runs of a prefix in one local store, and its page ([FROM=s3://bucket/prefix] [NAME=] ENV=)
+mlflow: $(STAMP) ## MLflow's runs in one local store (FROM=s3://… NAME=)
 	@scripts/mlflow.sh
 
 .PHONY: verify-checkpoint
-verify-checkpoint: $(STAMP) ## the restore drill: a run's newest checkpoint from the bucket, proved and read (RUN_ID= STEP=)
+verify-checkpoint: $(STAMP) ##- the restore drill: a run's newest checkpoint from the bucket, proved and read (RUN_ID= STEP=)
 	@scripts/verify_checkpoint.sh
 
 .PHONY: test
@@ -125,29 +125,29 @@ test: $(STAMP) ## pytest and bats, on one embedded bucket
 	@scripts/test.sh
 
 .PHONY: test-image
-test-image: $(STAMP) ## image, registry, submit, deploy on real parts; as root it installs and starts them
+test-image: $(STAMP) ##- image, registry, submit, deploy on real parts; as root it installs and starts them
 	@scripts/test_image.sh
 
 .PHONY: lint
-lint: $(STAMP) ## ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint, zizmor
+lint: $(STAMP) ##- ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint, zizmor
 	@scripts/lint.sh
 
 .PHONY: format
-format: $(STAMP) ## rewrite what lint would only name
+format: $(STAMP) ##- rewrite what lint would only name
 	@scripts/lint.sh --fix
 
 .PHONY: soak
-soak: $(STAMP) ## long: kills at drawn moments, a day of a bucket, the tests that make test leaves out (ALGO= SEED= STAGES=)
+soak: $(STAMP) ##- long: kills at drawn moments, a day of a bucket, the tests that make test leaves out (ALGO= SEED= STAGES=)
 	@scripts/soak.sh
 
 .PHONY: study
-study: $(STAMP) ## long: planted truth, does the weight go where it belongs
+study: $(STAMP) ##- long: planted truth, does the weight go where it belongs
 	@scripts/study.sh
 
 .PHONY: bench
-bench: $(STAMP) ## long: the loss and the algorithms against their peers
+bench: $(STAMP) ##- long: the loss and the algorithms against their peers
 	@scripts/bench.sh
 
 .PHONY: clean
-clean: ## remove build/ and the generated test models; .venv stays
+clean: ##- remove build/ and the generated test models; .venv stays
 	@scripts/clean.sh

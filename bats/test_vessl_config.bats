@@ -15,7 +15,7 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   for heading in '1/5 configuration' '2/5 paths' '3/5 registry' '4/5 distributed' '5/5 pipeline'; do
     [[ $stderr == *"$heading"* ]]
   done
-  [[ $stderr == *'production, baseline-mtp, rho1-wmtp, critic-wmtp'* ]]
+  [[ $stderr == *'production, baseline-mtp, critic-wmtp, rho1-wmtp'* ]]
   [[ $stderr == *' 0 not checked, 0 FAIL in '* ]]
   [[ -z $output ]]
 }

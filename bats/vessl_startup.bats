@@ -117,7 +117,7 @@ for line in open(sys.argv[1]):
   ENV_MODE=prod run -2 --separate-stderr startup
   [[ $stderr == *'ENV=prod'*'test minitest production'* ]]
   WMTP_ALGO=foo run -2 --separate-stderr startup
-  [[ $stderr == *'ALGO=foo'*'baseline-mtp rho1-wmtp critic-wmtp'* ]]
+  [[ $stderr == *'ALGO=foo'*'baseline-mtp critic-wmtp rho1-wmtp'* ]]
   LAUNCHER=slurm run -2 --separate-stderr startup
   [[ $stderr == *'LAUNCHER=slurm'*'local docker vessl'* ]]
   ENV_MODE=production run -2 --separate-stderr startup

@@ -2,7 +2,7 @@
 # Usage: docker/vessl_startup.sh      (no arguments: a node starts it with its environment)
 # What the node does: environment, models, vocabularies, training, in this order; the same script runs on a
 # laptop with WMTP_APP_ROOT set to another folder than /app.
-#   ENV_MODE   production, minitest or test (test: no sync, one process)     WMTP_ALGO  baseline-mtp, rho1-wmtp, critic-wmtp
+#   ENV_MODE   production, minitest or test (test: no sync, one process)     WMTP_ALGO  as configs/recipe.*.yaml: critic-wmtp, …
 #   LAUNCHER   local, docker or vessl    CONFIG, RECIPE  other files than those chosen by name    SET  "key=value …"
 #   MAX_HOURS  saves and ends with 75 after so many hours (default: launcher.max_hours)
 #   RUN_NAME   the same name is the same work: it goes on from its newest checkpoint    WMTP_APP_ROOT, S3_*, AWS_*

@@ -20,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/settings.bash"
 # all_recipes: those of every algorithm, as arguments, into SETTINGS.
 all_recipes() {
   local algo
-  for algo in baseline-mtp rho1-wmtp critic-wmtp; do SETTINGS+=(--recipe "$(recipe_of "$ENV" "$algo")"); done
+  while read -r algo; do SETTINGS+=(--recipe "$(recipe_of "$ENV" "$algo")"); done < <(algorithms)
 }
 
 main() {

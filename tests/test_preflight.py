@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wmtp import preflight
+from wmtp import preflight, registry
 from wmtp.preflight import FAIL, NOT, OK, Finding
 
 ALL = [f"configs/recipe.{algo}.yaml" for algo in ("baseline_mtp", "rho1_wmtp", "critic_wmtp")]
@@ -229,10 +229,28 @@ def test_distributed(changed: dict[str, object], subject: str | None) -> None:
     assert "16384 tokens" in next(f.detail for f in findings if f.subject.startswith("batch")) or changed
 
 
-def test_a_registered_name_must_stand_for_a_function() -> None:
-    assert preflight.defined("wmtp.preflight:main")
-    assert not preflight.defined("wmtp.preflight:nothing")
-    assert not preflight.defined("wmtp.nowhere:main")
+def test_a_registered_name_must_stand_for_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = registry.Registry("trainer", {**registry.trainer_registry, "baseline-mtp": "wmtp.objective:nothing"})
+    monkeypatch.setattr(registry, "trainer_registry", gone)
+    found = [f for f in preflight.check_registry([]) if f.verdict == FAIL]
+    assert [f.subject for f in found] == ["trainer baseline-mtp"]
+    assert "wmtp.objective:nothing, which is not defined there" in found[0].detail
+
+
+@pytest.mark.parametrize(
+    ("keywords", "word"),
+    [
+        ({"mix", "entropy"}, "asks for entropy; what there is: ref_aligned"),
+        ({"ref_aligned", "delta_aligned"}, "one scorer"),
+    ],
+)
+def test_an_algorithm_that_asks_for_what_there_is_not_is_found(
+    keywords: set[str], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "asked_by", lambda algo: keywords if algo == "baseline-mtp" else frozenset())
+    found = [f for f in preflight.check_registry([]) if f.verdict == FAIL]
+    assert [f.subject for f in found] == ["trainer baseline-mtp"] and word in found[0].detail
+    assert "wmtp.objective:baseline_mtp" in found[0].next
 
 
 def test_what_was_found_twice_is_said_once() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import pytest
 
+from wmtp import registry as names
 from wmtp.registry import (
+    GIVEN,
     Registry,
     RegistryError,
     loader_registry,
@@ -13,9 +18,11 @@ from wmtp.registry import (
     trainer_registry,
 )
 
+ROOT = Path(__file__).parent.parent
+
 
 def test_the_plans_names_are_registered() -> None:
-    assert list(trainer_registry) == ["baseline-mtp", "rho1-wmtp", "critic-wmtp"]
+    assert {"baseline-mtp", "rho1-wmtp", "critic-wmtp"} <= trainer_registry.keys()
     assert optimizer_registry.is_registered("adamw")
     assert loader_registry.is_registered("standardized-model-loader")
     assert tokenizer_registry.is_registered("hf-sentencepiece")
@@ -38,3 +45,26 @@ def test_load_gives_the_function_and_refuses_what_is_not_there() -> None:
         registry.load("bad")
     with pytest.raises(RegistryError, match=r"json has no no_such"):
         registry.load("gone")
+
+
+def test_what_an_algorithm_asks_for_is_read_without_importing_it() -> None:
+    for algo in trainer_registry:
+        function = trainer_registry.load(algo)
+        keywords = inspect.signature(function).parameters.values()
+        assert names.asked_by(algo) == {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} <= GIVEN.keys()
+    assert [a for a in trainer_registry if names.weighs_by_reference(a)] == ["rho1-wmtp"]
+    assert [a for a in trainer_registry if names.weighs_by_value(a)] == ["critic-wmtp"]
+    assert names.asked_by("no-such") == frozenset()
+
+
+def test_a_definition_is_found_or_is_none() -> None:
+    there = {"function": "wmtp.registry:asked_by", "class": "wmtp.registry:Registry", "gone": "wmtp.registry:no_such"}
+    registry = Registry("thing", there | {"module": "wmtp.no_such:f", "package": "no_such.at_all:f"})
+    assert [registry.definition(name) is not None for name in registry] == [True, True, False, False, False]
+
+
+def test_every_algorithm_has_a_recipe_and_every_recipe_an_algorithm() -> None:
+    """Make, the stages and the dry run take the names of algorithms from the recipes' files."""
+    for folder in ("configs", "tests/configs"):
+        recipes = {p.stem.removeprefix("recipe.").replace("_", "-") for p in (ROOT / folder).glob("recipe.*.yaml")}
+        assert recipes == trainer_registry.keys()

@@ -10,11 +10,16 @@ one_of() {
   die 2 "$name=$value: not known" "$name is one of: $*" "set $name to one of them, for example: $name=$1"
 }
 
+# algorithms: all that there is a recipe for, a line each.
+algorithms() { (cd "$ROOT/configs" && printf '%s\n' recipe.*.yaml) | sed 's/^recipe\.//; s/\.yaml$//; s/_/-/g'; }
+
 # choose_settings ENV ALGO: ALGO may be empty (no recipe is chosen then). CONFIG and RECIPE, when set, win.
 choose_settings() {
   ENV=$1 ALGO=$2
   one_of ENV "$ENV" test minitest production
-  [[ -z $ALGO ]] || one_of ALGO "$ALGO" baseline-mtp rho1-wmtp critic-wmtp
+  local -a known
+  mapfile -t known < <(algorithms)
+  [[ -z $ALGO ]] || one_of ALGO "$ALGO" "${known[@]}"
   if [[ -z ${LAUNCHER:-} ]]; then
     if [[ $ENV == production ]]; then LAUNCHER=vessl; else LAUNCHER=local; fi
   fi

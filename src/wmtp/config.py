@@ -33,6 +33,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from wmtp.paths import APP, PathError, PathResolver, split, under_app
+from wmtp.registry import trainer_registry, weighs_by_reference, weighs_by_value
 
 Key = tuple[str | int, ...]
 
@@ -793,7 +794,7 @@ class PretrainEarlyStopping(EarlyStopping):
 
 
 class Train(Section):
-    algo: Annotated[str, Word("baseline-mtp", "rho1-wmtp", "critic-wmtp")]
+    algo: Annotated[str, Word(*trainer_registry)]
     full_finetune: Annotated[bool, OnlyTrue()] = True
     num_epochs: Count = 3
     max_steps: Count | None = None
@@ -1270,7 +1271,7 @@ def _recipe_rules(recipe: Recipe, tree: Tree) -> None:
             "the reward model reads the document through it: {prompt}, {solution} and {text} are its fields",
         )
     stage1 = recipe.pretrain
-    watched = recipe.train.algo == "critic-wmtp" and stage1.enabled and stage1.early_stopping.enabled
+    watched = weighs_by_value(recipe.train.algo) and stage1.enabled and stage1.early_stopping.enabled
     if watched and not recipe.data.eval.held_out:
         tree.add(
             ("pretrain", "early_stopping", "enabled"),
@@ -1332,11 +1333,12 @@ def _positions(uri: str) -> int | None:
 
 
 def _roles(recipe: Recipe) -> list[str]:
-    if recipe.train.algo == "rho1-wmtp":
-        return ["base", "ref"]
-    if recipe.train.algo == "critic-wmtp" and not recipe.critic.use_pseudo_rewards:
-        return ["base", "rm"]
-    return ["base"]
+    roles = ["base"]
+    if weighs_by_reference(recipe.train.algo):
+        roles.append("ref")
+    if weighs_by_value(recipe.train.algo) and not recipe.critic.use_pseudo_rewards:
+        roles.append("rm")
+    return roles
 
 
 def needed_models(config: Config, recipe: Recipe) -> dict[str, str]:

@@ -11,7 +11,6 @@ Standard output carries the JSON with `--json`, else nothing. Exit codes: 0 no `
 from __future__ import annotations
 
 import argparse
-import ast
 import atexit
 import json
 import os
@@ -26,13 +25,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from wmtp import config as settings
 from wmtp import registry, runfile
 from wmtp.paths import PathResolver
+from wmtp.registry import weighs_by_value
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK_FOLDER = "/app"
@@ -374,29 +373,22 @@ def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
                     f"one line in src/wmtp/registry.py, {kind}_registry",
                 )
                 continue
-            target = registered(table, name)
-            if target and not defined(target):
-                yield Finding(3, FAIL, f"{kind} {name}", f"stands for {target}, which is not defined there")
+            if table.definition(name) is None:
+                yield Finding(3, FAIL, f"{kind} {name}", f"stands for {table[name]}, which is not defined there")
+            elif kind == "trainer" and (why := unusable(name)):
+                yield Finding(3, FAIL, f"{kind} {name}", why, f"change the keywords of {table[name]}")
             else:
-                yield Finding(3, OK, f"{kind} {name}", target or "registered")
+                yield Finding(3, OK, f"{kind} {name}", table[name])
 
 
-def registered(table: Any, name: str) -> str | None:
-    """The "module:function" of an entry, without loading it."""
-    for value in vars(table).values():
-        if isinstance(value, Mapping) and isinstance(value.get(name), str):
-            return str(value[name])
-    return None
-
-
-def defined(target: str) -> bool:
-    """Whether module:function exists, by reading the source: importing it would import torch."""
-    module, _, function = target.partition(":")
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        return False
-    tree = ast.parse(Path(spec.origin).read_text())
-    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == function for node in tree.body)
+def unusable(algo: str) -> str:
+    """Why a trainer's function can't be called with what there is; empty where it can."""
+    asked = registry.asked_by(algo)
+    if strange := sorted(asked - registry.GIVEN.keys()):
+        return f"asks for {', '.join(strange)}; what there is: {', '.join(registry.GIVEN)}"
+    if {"ref_aligned", "delta_aligned"} <= asked:
+        return "asks for ref_aligned and for delta_aligned: a run has one scorer"
+    return ""
 
 
 # ---- 4: distributed ------------------------------------------------------------------------------
@@ -665,7 +657,7 @@ def main(argv: list[str] | None = None) -> int:
             findings += check_paths(pair)
         if "devices" in only:
             findings += check_distributed(pair)
-        if "reward" in only and pair.algo == "critic-wmtp":
+        if "reward" in only and weighs_by_value(pair.algo):
             findings.append(check_discount(pair))
     asked = [n for n, checks in OF_HEADING.items() if checks & args.only]
     for number in asked[1:]:

@@ -5,9 +5,25 @@ Values are `"module:function"`: asking whether a name exists imports nothing hea
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+GIVEN = {
+    "ref_aligned": "cross-entropy of each predicted token under the reference model, [..., H]",
+    "head_mean": "running mean of each head's excess over the reference, [H], or None",
+    "delta_aligned": "the value that each predicted token adds, by the critic's value head, [..., H]",
+    "temperature": "loss.weight_temperature",
+    "epsilon": "loss.epsilon",
+    "max_weight": "loss.max_weight",
+    "mix": "loss.lambda",
+    "min_ce_diff": "rho1.min_ce_diff",
+}
+"""What a trainer's function may ask for by keyword, beside `ce` and `mask`. It decides what a run needs."""
 
 
 class RegistryError(LookupError):
@@ -45,6 +61,17 @@ class Registry(Mapping[str, str]):
                 f"{self.kind} {name!r} is registered as {self._entries[name]}, but {module} has no {function}"
             ) from None
 
+    def definition(self, name: str) -> ast.FunctionDef | ast.ClassDef | None:
+        """What a name stands for, as its source defines it, without importing it; None where it is not there."""
+        module, _, target = self._entries[name].partition(":")
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # not even its package
+            return None
+        body = ast.parse(Path(spec.origin).read_text("utf-8")).body if spec and spec.origin else []
+        found = (node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == target)
+        return next(found, None)
+
 
 trainer_registry = Registry(
     "trainer",
@@ -54,6 +81,25 @@ trainer_registry = Registry(
         "critic-wmtp": "wmtp.objective:critic_wmtp",
     },
 )
+
+
+@functools.cache
+def asked_by(algo: str) -> frozenset[str]:
+    """The keywords of an algorithm's function, of `GIVEN` where it is sound; none of a name that isn't registered."""
+    found = trainer_registry.definition(algo) if algo in trainer_registry else None
+    return frozenset(a.arg for a in found.args.kwonlyargs) if isinstance(found, ast.FunctionDef) else frozenset()
+
+
+def weighs_by_reference(algo: str) -> bool:
+    """Whether an algorithm asks for the reference model's cross-entropies."""
+    return "ref_aligned" in asked_by(algo)
+
+
+def weighs_by_value(algo: str) -> bool:
+    """Whether an algorithm asks for the value that a token adds: it has a value head, and stage 1 trains it."""
+    return "delta_aligned" in asked_by(algo)
+
+
 optimizer_registry = Registry("optimizer", {"adamw": "wmtp.optim:adamw"})
 loader_registry = Registry("loader", {"standardized-model-loader": "wmtp.weights:load_model"})
 tokenizer_registry = Registry(

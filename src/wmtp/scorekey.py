@@ -21,6 +21,7 @@ from typing import Any
 from wmtp import config as settings
 from wmtp.manifest import MANIFEST, Entry, ManifestError, create, hash_file, load_manifest
 from wmtp.paths import PathResolver
+from wmtp.registry import weighs_by_reference, weighs_by_value
 from wmtp.sources import RECORD_FILES, DataError, kind_digest, parts_of
 
 FORMAT = 1
@@ -32,9 +33,9 @@ MARKER = ".complete"
 
 def scorer_of(recipe: settings.Recipe) -> tuple[str, str] | None:
     """Kind of scores and role of the scorer that the recipe's algorithm needs; None for an algorithm without one."""
-    if recipe.train.algo == "rho1-wmtp":
+    if weighs_by_reference(recipe.train.algo):
         return REFERENCE, "ref"
-    if recipe.train.algo == "critic-wmtp":
+    if weighs_by_value(recipe.train.algo):
         # Pseudo rewards are made of the base model's own cross-entropies.
         return (REFERENCE, "base") if recipe.critic.use_pseudo_rewards else (REWARD, "rm")
     return None

@@ -32,6 +32,7 @@ from wmtp.objective import make_labels
 from wmtp.outcome import NotFiniteError, Stop, Stopped, local_path, say
 from wmtp.paths import PathResolver, open_to_all
 from wmtp.ranks import Place
+from wmtp.registry import weighs_by_value
 from wmtp.remote import MARKER, CheckpointError, DamagedError
 from wmtp.scorekey import REFERENCE, kept_name, scorer_of
 from wmtp.sources import Record
@@ -438,7 +439,7 @@ def load_scores(
     if scores is None:
         raise CheckpointError(f"{kept.folder}: the scores that were just kept can't be read")
     say(f"score     {named[0]} {'kept' if made else 'was kept: the scorer is not needed'}")
-    if recipe.train.algo != "critic-wmtp":
+    if not weighs_by_value(recipe.train.algo):
         return scores, named[0]
     if scorer[0] == REFERENCE:
         scores = {name: pseudo_rewards(scores[name], rows[name]) for name in scores}

@@ -116,6 +116,7 @@ class Weighting:
             "mix": recipe.loss.lambda_,
             "min_ce_diff": recipe.rho1.min_ce_diff,
         }
+        self.even = not keywords  # all tokens weigh alike
         self.needs_reference = "ref_aligned" in keywords
         self.needs_value = "delta_aligned" in keywords
         self.centred = "head_mean" in keywords and recipe.rho1.center == "head"

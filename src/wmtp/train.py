@@ -485,7 +485,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         recorder.evaluation(step, looked, after)
         say(f"held out  after: {mean(after):.3f}  per head {shown(after)}")
         tracker.log(step, {f"held_out_ce_head_{k}": v for k, v in enumerate(after)})
-    if held and recipe.train.algo != "baseline-mtp":
+    if held and not weighting.even:
         show_weights(
             model, held, weighting, tokenizer, scores.get("eval"), checkpoints, tracker, f"{name}, step {step}", place
         )
