@@ -124,6 +124,10 @@ verify-checkpoint: $(STAMP) ##- the restore drill: a run's newest checkpoint fro
 test: $(STAMP) ## pytest and bats, on one embedded bucket
 	@scripts/test.sh
 
+.PHONY: test-docs
+test-docs: $(STAMP) ##- every command of README and guide, and whether it prints what they show
+	@scripts/docs.sh
+
 .PHONY: test-image
 test-image: $(STAMP) ##- image, registry, submit, deploy on real parts; as root it installs and starts them
 	@scripts/test_image.sh

@@ -20,7 +20,7 @@ main() {
   # when pytest is done.
   if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig TERM --); fi
   # shellcheck disable=SC2011,SC2012 # names of our own
-  ls -S bats/*.bats | xargs -n 1 -P 2 "${tied[@]}" bats --tap --filter-tags '!long' >build/test/bats.log 2>&1 &
+  ls -S bats/*.bats | xargs -n 1 -P 2 "${tied[@]}" bats --tap --timing --filter-tags '!long' >build/test/bats.log 2>&1 &
   suite=$!
   trap 'kill -TERM "$suite" 2>/dev/null || true' EXIT
   trap 'exit 130' INT

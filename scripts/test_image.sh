@@ -57,7 +57,7 @@ run_suites() {
   ENV=minitest SET="launcher.image=$WMTP_REGISTRY/team/wmtp:latest" DOCKER_BUILDKIT=0 scripts/build.sh >/dev/null 9>&- || return
   for i in "${!groups[@]}"; do
     read -ra suite <<<"${groups[i]}"
-    setsid setpriv --pdeathsig TERM bats --tap "${suite[@]}" </dev/null >"$HERE/bats.$i.log" 2>&1 9>&- &
+    setsid setpriv --pdeathsig TERM bats --tap --timing "${suite[@]}" </dev/null >"$HERE/bats.$i.log" 2>&1 9>&- &
     SUITES+=("$!")
   done
   tail -q -n +1 -F --pid="$$" "$HERE"/bats.*.log 2>/dev/null 9>&- &

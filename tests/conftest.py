@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 GENERATE = Path(__file__).parent / "test_models" / "generate.py"
 
 
+LONGEST = ("test_train.py", "test_twin.py", "test_causes.py", "test_mlstore.py", "test_export.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def prefix() -> str:
     if "S3_ENDPOINT_URL" not in os.environ:

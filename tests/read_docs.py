@@ -1,12 +1,13 @@
-"""Do what the documents say: every command of their `console` blocks, in order, and compare the shape of what it prints.
+"""Do what the documents say: every command of their `console` blocks, in order; compare the shape of what it prints.
 
     scripts/docs.sh [--show] [FILE.md…]
 
-In a block, a line that begins with `$ ` is a command, `> ` goes on with it, the lines below are its output. Numbers, hashes and
-spaces may differ; a line of `…` stands for any lines, `…` at the end of a line for its rest. A command fails only where its
-output shows `make: ***`. `export NAME=…` gets the value that this machine has. A block after `<!-- cluster -->` is
-shown on real parts by `make test-image`, one after `<!-- not run: WHY -->` by nobody: both are counted. A command that was run
-before, in whichever file, is not run again. All of it happens in a clone with a bucket of its own; `--show` prints the outputs.
+In a block, a line that begins with `$ ` is a command, `> ` goes on with it, the lines below are its output. Numbers,
+hashes and spaces may differ; a line of `…` stands for any lines, `…` at the end of a line for its rest. A command fails
+only where its output shows `make: ***`. `export NAME=…` gets the value that this machine has. A block after
+`<!-- cluster -->` is shown on real parts by `make test-image`, one after `<!-- not run: WHY -->` by nobody: both are
+counted. A command that was run before, in whichever file, is not run again. All of it happens in a clone with a bucket
+of its own; `--show` prints the outputs.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def main() -> int:
                     print(f"docs      FAIL  {told}\n          {why}", file=sys.stderr)
                 if args.show or missing is not None:
                     print("\n".join(f"    | {line}" for line in printed), file=sys.stderr)
-    print(f"docs      {elsewhere} commands are shown on real parts elsewhere, or by nobody, as they say", file=sys.stderr)
+    print(
+        f"docs      {elsewhere} commands are shown on real parts elsewhere, or by nobody, as they say", file=sys.stderr
+    )
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 

@@ -121,6 +121,7 @@ def test_lambda_zero_is_the_baseline_bit_for_bit_through_a_kill(app: Path) -> No
         assert {r["w_ess"] for r in run.records()} == {1.0}
 
 
+@pytest.mark.long
 def test_compiled_layers_and_loss_give_the_losses_of_plain_ones(app: Path) -> None:
     sets = (
         "train.max_steps=3",
@@ -252,7 +253,10 @@ def told_to_end(run: Run) -> dict[str, Any]:
     return dict(json.loads((run.app / f"{run.run}-exit.json").read_text()))
 
 
-@pytest.mark.parametrize("stage", ["scoring", "stage 1", "stage 2"])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param("scoring", marks=pytest.mark.long), pytest.param("stage 1", marks=pytest.mark.long), "stage 2"],
+)
 def test_sigterm_saves_ends_with_75_and_goes_on(app: Path, stage: str) -> None:
     run = Run(
         app, "critic-wmtp", "r", "pretrain.max_steps=40", "train.max_steps=6", "paths.checkpoints.save_interval=6"
@@ -369,6 +373,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(app: Path) -> None:
     assert json.loads((app / "r.json").read_text())["not_finite"] == 2
 
 
+@pytest.mark.long
 def test_a_run_that_gives_nothing_finite_any_more_ends_and_keeps_its_good_checkpoint(app: Path) -> None:
     kept = ("paths.checkpoints.save_interval=1", "paths.checkpoints.keep_last=1", "paths.checkpoints.save_final=false")
     sets = ("optim.warmup_ratio=0", *kept)
@@ -421,6 +426,7 @@ def test_a_changed_recipe_is_refused_on_resume_unless_it_is_allowed_by_name(app:
     assert len(allowed.losses()) == 6 and "goes on changed, as allowed: train.max_steps: 4 -> 6" in allowed.log()
 
 
+@pytest.mark.long
 def test_stage_1_does_not_go_on_under_another_recipe_either(app: Path) -> None:
     sets = ("pretrain.max_steps=40", "paths.checkpoints.save_interval=2", "paths.checkpoints.save_final=false")
     run = Run(app, "critic-wmtp", "r", *sets)

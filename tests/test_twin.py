@@ -54,6 +54,7 @@ def test_every_model_of_the_recipe_is_made(tmp_path: Path) -> None:
     assert len(lines) == twin.RECORDS
 
 
+@pytest.mark.long
 def test_a_recipe_whose_loss_bursts_is_found() -> None:
     code, told = lived("--recipe", BASELINE, "--set", "optim.lr=1e30", "--set", "optim.warmup_ratio=0")
     assert (code, told[0]["ok"]) == (20, False)
