@@ -168,3 +168,13 @@ def test_runs_stand_side_by_side_with_what_is_set_differently(folder: Path, tmp_
 def test_a_folder_without_a_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no record of a run" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_page_of_a_long_run_is_no_larger_than_a_persons_patience(tmp_path: Path) -> None:
+    """Between two steps is a moment that is none of them: all are seconds, and none is a mark of its own."""
+    (tmp_path / "r").mkdir()
+    steps = [{"step": n, "at": 1000.0 + n, "step_seconds": 0.998, "wmtp_loss": 1.0} for n in range(1, 20_001)]
+    write(tmp_path / "r", "steps", *steps)
+    write(tmp_path / "r", "parts", {"began": 1000.0}, {"ended": 21_000.0, "code": 0})
+    text, page = made(tmp_path / "r", tmp_path / "out")
+    assert "99.8 %" in text and len(page) < 1_000_000

@@ -191,27 +191,40 @@ def gpu_plot(node: list[dict[str, Any]]) -> str:
     return svg(draw, "How busy the node was")
 
 
+def shares_of(ledger: Ledger) -> dict[str, list[float]]:
+    """Of each kind, its share of each of `POINTS` equal pieces of the seconds that were paid for."""
+    piece = max(ledger.total, 1e-9) / POINTS
+    found: dict[str, list[float]] = {kind: [0.0] * POINTS for kind in ledger.seconds}
+    right = 0.0
+    for s in ledger.stretches:  # one after the other, without a gap
+        left, right = right, right + s.ended - s.began
+        for n in range(int(left / piece), min(math.ceil(right / piece), POINTS)):
+            found[s.kind][n] += max(min(right, (n + 1) * piece) - max(left, n * piece), 0.0) / piece
+    return found
+
+
 def waterfall(ledger: Ledger) -> str:
-    """A row for each kind of second, over the hours that were paid for; pauses between parts are cut out."""
+    """A row for each kind of second, over the hours that were paid for; pauses between parts are cut out.
+
+    A row is as thick as the kind's share of the moment: the steps of a long run are closer than a line is wide.
+    """
     kinds = [kind for kind in ORDER if ledger.seconds.get(kind, 0) > 0.0005 * max(ledger.total, 1e-9)]
+    found = shares_of(ledger)
 
     def draw(axes: Axes) -> None:
         unit, name = (
             (3600, "hours") if ledger.total > 7200 else (60, "minutes") if ledger.total > 180 else (1, "seconds")
         )
+        at = [n * ledger.total / POINTS / unit for n in range(POINTS + 1)]
+        for row, kind in enumerate(kinds):
+            # What there is of it is seen, however thin.
+            half = [0.35 * max(share, 0.15) if share else 0.0 for share in (*found[kind], 0.0)]
+            low, high = [row - h for h in half], [row + h for h in half]
+            axes.fill_between(at, low, high, step="post", color=_KIND_COLOURS.get(kind, "#999999"), linewidth=0)
         offset = 0.0
-        for part in ledger.parts:
-            for s in ledger.stretches:
-                if part.began <= s.began < part.ended and s.kind in kinds:
-                    left = (offset + s.began - part.began) / unit
-                    wide = (s.ended - s.began) / unit
-                    colour = _KIND_COLOURS.get(s.kind, "#999999")
-                    axes.barh(
-                        kinds.index(s.kind), wide, left=left, color=colour, edgecolor=colour, linewidth=0.4, height=0.7
-                    )
+        for part in ledger.parts[:-1]:
             offset += part.ended - part.began
-            if part is not ledger.parts[-1]:
-                axes.axvline(offset / unit, color="black", linewidth=0.8, linestyle=":")
+            axes.axvline(offset / unit, color="black", linewidth=0.8, linestyle=":")
         shares = [
             f"{kind}  {ledger.seconds[kind]:.0f} s" if ledger.seconds[kind] >= 1 else f"{kind}  <1 s" for kind in kinds
         ]
