@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,35 @@ def test_facts_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["run"], facts["revision"], facts["world"], facts["algo"]) == ("r", "abc", 2, "baseline-mtp")
     assert facts["config"]["seed"] == config.seed and facts["versions"]["torch"]
     assert record.tags_of(facts)["mlflow.source.git.commit"] == "abc"
+
+
+def test_a_living_part_was_last_seen_by_its_own_nodes_clock(folder: Path) -> None:
+    ahead = time.time() + 3600
+    (folder / "parts.jsonl").write_text(json.dumps({"began": time.time() - 600}) + "\n")
+    (folder / "steps.jsonl").write_text(json.dumps({"step": 1, "at": ahead}) + "\n")
+    assert parts_of(folder)[-1].ended == ahead
+
+
+def test_a_line_after_one_that_a_kill_tore_is_a_line_of_its_own(folder: Path) -> None:
+    (folder / "parts.jsonl").write_text('{"began": 1.0}\n{"end')
+    record.add_line(folder / "parts.jsonl", {"began": 5.0})
+    assert lines(folder / "parts.jsonl") == [{"began": 1.0}, {"began": 5.0}]
+
+
+def test_a_full_disk_ends_no_training_and_takes_no_step_from_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = StepRecord(tmp_path / "steps.jsonl", 0)
+    steps.add(1, {})
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "steps.jsonl").stat().st_size + 5, was[1]))
+        steps.add(2, {})
+        steps.add(3, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        signal.signal(signal.SIGXFSZ, before)
+    steps.add(4, {})
+    assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("warn") == 1

@@ -33,7 +33,7 @@ from typing import Any
 from wmtp import config as settings
 from wmtp.mirror import Mirror
 from wmtp.paths import PathResolver
-from wmtp.remote import CheckpointError
+from wmtp.remote import CheckpointError, tell
 
 NAME = "record"
 """The folder beside a run's checkpoints in the bucket."""
@@ -50,8 +50,11 @@ ALIVE = ".alive"
 
 def add_line(path: Path, fields: Mapping[str, Any]) -> None:
     """Append one JSON line. Never raises OSError: a full disk has a message of its own."""
-    with contextlib.suppress(OSError), path.open("a") as file:
-        file.write(json.dumps(fields) + "\n")
+    with contextlib.suppress(OSError), path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        torn = b"\n" if file.read(1) not in (b"", b"\n") else b""  # by a kill or a full disk: it takes no other with it
+        file.write(torn + json.dumps(fields).encode() + b"\n")
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
@@ -83,7 +86,9 @@ class StepRecord:
         staging = path.with_name(f".{path.name}.{os.getpid()}")
         staging.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         staging.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._late = b""  # what a full disk did not take so far
+        self._told = False
 
     def replay(self, interval: int, total: int) -> list[tuple[int, dict[str, float | None]]]:
         """Steps and figures of before that a tracker was to have, one in ``interval``: a kill may have come between."""
@@ -91,8 +96,20 @@ class StepRecord:
         return [(line["step"], {name: v for name, v in line.items() if name != "step"}) for line in due]
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "at": time.time(), **finite(figures)}) + "\n")
-        self._file.flush()
+        """Never raises OSError: what can't be written now is written before the next step."""
+        self._late += json.dumps({"step": step, "at": time.time(), **finite(figures)}).encode() + b"\n"
+        try:
+            while self._late:
+                self._late = self._late[self._file.write(self._late) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                tell(
+                    f"record    warn  {self._file.name}: {error.strerror}\n"
+                    "          rule  training goes on; the steps are kept, and written when there is room\n"
+                    "          next  make room there"
+                )
+            self._told = True
 
 
 def facts_of(
@@ -304,10 +321,10 @@ def parts_of(folder: Path) -> list[Part]:
                 found.append(Part(began, last_seen(folder, line["began"], began), None))
             began = line["began"]
         elif "ended" in line and began is not None:
-            found.append(Part(began, line["ended"], line.get("code")))
+            found.append(Part(began, max(line["ended"], began), line.get("code")))  # a clock may be set back
             began = None
-    if began is not None:
-        found.append(Part(began, last_seen(folder, time.time(), began), None, alive=True))
+    if began is not None:  # by the clock of its node, which may be ahead of ours
+        found.append(Part(began, last_seen(folder, math.inf, began), None, alive=True))
     return found
 
 
