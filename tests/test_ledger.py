@@ -88,3 +88,17 @@ def test_a_run_that_trained_nothing_has_no_goodput(tmp_path: Path) -> None:
     write(tmp_path, "parts", {"began": 5.0}, {"ended": 9.0, "code": 13})
     ledger = ledger_of(tmp_path)
     assert ledger.goodput == 0 and ledger.seconds == {"lost": 4.0}
+
+
+def test_of_two_nodes_whose_clocks_differ_no_step_is_counted_twice(tmp_path: Path) -> None:
+    write(tmp_path, "parts", {"began": 1000.0}, {"ended": 1100.0, "code": 75})
+    (tmp_path / "parts.jsonl").open("a").write('{"began": 1060.0}\n{"ended": 1160.0, "code": 0}\n')
+    write(tmp_path, "steps", *(step(n, 1010.0 + 10 * n) for n in range(1, 16)))
+    ledger = ledger_of(tmp_path)
+    assert ledger.total == 200 and ledger.seconds == pytest.approx({"training": 150, "other": 50})
+
+
+def test_a_clock_that_was_set_back_makes_no_part_shorter_than_nothing(tmp_path: Path) -> None:
+    write(tmp_path, "parts", {"began": 1000.0}, {"ended": 900.0, "code": 75}, {"began": 950.0}, {"ended": 970.0})
+    ledger = ledger_of(tmp_path)
+    assert ledger.total == 20 and sum(ledger.seconds.values()) == 20

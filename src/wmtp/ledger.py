@@ -89,8 +89,10 @@ def ledger_of(folder: Path) -> Ledger:
     told += [Stretch("evaluation", e["began"], e["at"]) for e in lines(folder / "evals.jsonl") if "began" in e]
     seconds = dict.fromkeys(ORDER, 0.0)
     stretches: list[Stretch] = []
+    left = [*redone, *training, *told]
     for part in parts:
-        mine = [s for s in (*redone, *training, *told) if s.ended > part.began and s.began < part.ended]
+        mine = [s for s in left if s.ended > part.began and s.began < part.ended]
+        left = [s for s in left if s.ended <= part.began or s.began >= part.ended]  # clocks of two nodes may differ
         failed = not part.alive and part.code not in (0, 75)
         last = max((s.ended for s in mine), default=part.began)
         if failed:
