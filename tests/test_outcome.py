@@ -72,3 +72,14 @@ def test_a_signal_or_the_end_of_the_hours_is_a_notice_to_stop() -> None:
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+
+
+def test_a_name_that_is_no_text_ends_no_record_of_the_end(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.json")
+    assert claim(tmp_path / "exit.json", 2, Progress(0, f"no such file: {name}"))
+    assert json.loads((tmp_path / "exit.json").read_text())["cause"] == "no such file: caf\\udce9.json"
+    try:
+        raise FileNotFoundError(name)
+    except FileNotFoundError:
+        keep_traceback(tmp_path / "traceback.log")
+    assert "caf\\udce9.json" in (tmp_path / "traceback.log").read_text()

@@ -178,7 +178,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text)
+    staging.write_text(text, errors="backslashreplace")
     staging.replace(path)
 
 
@@ -219,7 +219,9 @@ def claim(path: Path | None, code: int, progress: Progress) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         of = progress.kind or causes.of_end(code, progress.cause)
-        told = {"code": code, "step": progress.step, "cause": progress.cause, "class": of}
+        # A file's name need not be text; whoever reads the cause expects that it is.
+        cause = progress.cause and progress.cause.encode(errors="backslashreplace").decode()
+        told = {"code": code, "step": progress.step, "cause": cause, "class": of}
         staging.write_text(json.dumps(told) + "\n")
         path.hardlink_to(staging)
     except FileExistsError:
