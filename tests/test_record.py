@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from wmtp import config as settings
 from wmtp import record
 from wmtp.config import Storage
 from wmtp.record import Part, Recorder, StepRecord, lines, parts_of
@@ -118,8 +120,6 @@ def test_how_an_earlier_part_ended_leaves_the_bucket_with_the_next(folder: Path,
 
 
 def test_facts_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wmtp import config as settings
-
     monkeypatch.setenv("WMTP_REVISION", "abc")
     config, recipe = settings.load_pair(Path(PAIR[1]), Path(PAIR[3]), [], env="test")
     facts: dict[str, Any] = record.facts_of("r", config, recipe, env="test", world=2)
@@ -127,6 +127,16 @@ def test_facts_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["run"], facts["revision"], facts["world"], facts["algo"]) == ("r", "abc", 2, "baseline-mtp")
     assert facts["config"]["seed"] == config.seed and facts["versions"]["torch"]
     assert record.tags_of(facts)["mlflow.source.git.commit"] == "abc"
+
+
+def test_facts_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VESSL_ACCESS_TOKEN", "t0ps3cret")
+    monkeypatch.setenv("SET", "optim.lr=0.1")
+    keys = ["mlflow.tracking_uri=http://ann:pass1234@ml:5000", "mlflow.experiment=t0ps3cret"]
+    config, recipe = settings.load_pair(Path(PAIR[1]), Path(PAIR[3]), keys, env="test")
+    facts = record.facts_of("r", config, recipe, env="test")
+    assert not re.search("pass1234|t0ps3cret", json.dumps(facts)) and facts["set"] == "optim.lr=0.1"
+    assert facts["config"]["mlflow"]["tracking_uri"] == "http://***@ml:5000"
 
 
 def test_a_living_part_was_last_seen_by_its_own_nodes_clock(folder: Path) -> None:

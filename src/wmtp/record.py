@@ -28,9 +28,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from wmtp import config as settings
+from wmtp.causes import without_secrets
 from wmtp.mirror import Mirror
 from wmtp.paths import PathResolver
 from wmtp.remote import CheckpointError, tell
@@ -115,7 +116,7 @@ class StepRecord:
 def facts_of(
     run: str, config: settings.Config, recipe: settings.Recipe, *, env: str | None, **more: Any
 ) -> dict[str, Any]:
-    """What a run is: settings, revision, image, versions; ``more`` is what the trainer alone knows."""
+    """What a run is: settings, revision, image, versions; ``more`` is what the trainer knows; no secret."""
     revision = os.environ.get("WMTP_REVISION")
     if not revision:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -127,13 +128,14 @@ def facts_of(
             )
             revision = found.stdout.strip() or None
     whole = settings.resolved(config, recipe)
-    return {
+    known = {
         "run": run,
         "env": env,
         "algo": recipe.train.algo,
         "revision": revision,
         "image": os.environ.get("WMTP_IMAGE"),
         "launcher": config.launcher.target,
+        "set": os.environ.get("SET"),
         "host": platform.node(),
         "seed": config.seed,
         "price_per_hour": config.launcher.price_per_hour,
@@ -142,6 +144,7 @@ def facts_of(
         **more,
         **whole,
     }
+    return cast(dict[str, Any], json.loads(without_secrets(json.dumps(known, default=str))))
 
 
 def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:

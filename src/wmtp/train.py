@@ -375,7 +375,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         config.mlflow.experiment,
         name,
         tags={tag: "true" for tag in args.tags.split(",") if tag} | tags_of(facts),
-        params=flat(settings.resolved(config, recipe)),
+        params=flat({half: facts[half] for half in ("config", "recipe")}),
         state_file=checkpoints.folder / "mlflow.json",
         resumed=state["mlflow_run_id"],
         storage=config.storage,
