@@ -71,7 +71,7 @@ list_checkpoint() {
 
 rows() {
   local name page
-  page=$(python -m wmtp.report "$WMTP_APP_ROOT/logs/$RUN_NAME" --out "$RUN_DIR" --again "make minitest ALGO=$ALGO") || exit "$?"
+  page=$(python -m wmtp.report "$WMTP_APP_ROOT/logs/$RUN_NAME" --out "$RUN_DIR") || exit "$?"
   for name in "${!seconds[@]}"; do printf '%s\t%s\n' "seconds_${name// /_}" "${seconds[$name]}"; done |
     cat - <(printf 'report\t%s\n' "${page#"$ROOT/"}") | python -m wmtp.minitest "$RUN_DIR" --seconds "$1"
 }

@@ -48,7 +48,7 @@ record_of() {
 }
 
 main() {
-  local run out again
+  local run out
   local -a records=()
   no_arguments "${BASH_SOURCE[0]}" "$@"
   need_cmd python
@@ -70,9 +70,7 @@ main() {
   out=$(dirname "$RECORD")
   # What this machine ran itself has its page where the other files of the run are.
   if [[ $RECORD != */record ]]; then out=$(compgen -G "build/${ENV:-*}/$NAME" | head -n 1) || out=build/report/$NAME; fi
-  again="make deploy ENV=${NAME%%-*} ALGO=… RUN_NAME=$NAME RESUME=1"
-  if [[ $NAME == minitest-* && $KIND == local ]]; then again="make minitest RUN_NAME=$NAME"; fi
-  python -m wmtp.report "$RECORD" --out "$out" --again "$again" ${NOTES:+--notes "$NOTES"}
+  python -m wmtp.report "$RECORD" --out "$out" ${NOTES:+--notes "$NOTES"}
 }
 
 [[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"

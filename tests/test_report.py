@@ -151,6 +151,45 @@ def test_remarks_stay_when_it_is_made_again(folder: Path, tmp_path: Path) -> Non
     assert "head 3 is odd" in text and "head 3 is odd" in page
 
 
+def test_remarks_of_another_encoding_are_shown_as_far_as_they_can_be_read(folder: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes("café <b>bold</b>\n".encode("latin-1"))
+    assert "caf� &lt;b&gt;bold" in made(folder, tmp_path / "out", "--notes", str(notes))[1]
+
+
+@pytest.mark.parametrize(
+    ("known", "command"),
+    [
+        ({}, "git checkout abc1234 && make deploy ENV=minitest ALGO=rho1-wmtp RUN_NAME=test-run-again"),
+        ({"launcher": "docker"}, "make deploy ENV=minitest LAUNCHER=docker ALGO=rho1-wmtp RUN_NAME=test-run-again"),
+        ({"launcher": "local"}, "make minitest ALGO=rho1-wmtp RUN_NAME=test-run-again"),
+        ({"env": "test", "launcher": "local"}, "make train ALGO=rho1-wmtp RUN_NAME=test-run-again"),
+        ({"set": "optim.lr=0.1 seed=3"}, 'RUN_NAME=test-run-again SET="optim.lr=0.1 seed=3"'),
+    ],
+)
+def test_one_command_does_it_again(folder: Path, tmp_path: Path, known: dict[str, str], command: str) -> None:
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps({"launcher": "vessl"} | facts | known))
+    again = made(folder, tmp_path / "out")[0].partition("## Again")[2]
+    assert f"{command}\n```" in again, again
+
+
+def test_a_resumed_run_fetched_its_models_more_than_once_and_each_time_in_time(folder: Path, tmp_path: Path) -> None:
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts | {"env": "production"}))
+    write(folder, "phases", *({"phase": "sync", "began": at, "ended": at + 200.0} for at in (1000.0, 1300.0)))
+    write(folder, "sync", *({"name": "base", "downloaded_bytes": 10**9, "seconds": 200.0} for _ in range(2)))
+    assert "2.00 GB in 6.7 min, 5 MB/s, 3.3 min at most at a time — ok" in made(folder, tmp_path / "out")[0]
+
+
+def test_labels_of_lines_that_end_together_stay_inside(folder: Path, tmp_path: Path) -> None:
+    _, page = made(folder, tmp_path / "out")
+    weights = page[page.index("Mean weight of each head") :]
+    title = float(re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>Mean weight', weights)[0])
+    labels = re.findall(r'translate\([\d.]+ ([\d.]+)\)[^>]*>head \d|<text[^>]* y="([\d.]+)"[^>]*>head \d', weights)
+    assert len(labels) == 4 and all(float(a or b) > title + 5 for a, b in labels)
+
+
 def test_runs_stand_side_by_side_with_what_is_set_differently(folder: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -100,9 +100,14 @@ def labelled(
         axes.set_ylim(bottom=0)
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
-    at: float | None = None
-    for value, name, colour in sorted(ends):
-        at = value if at is None else max(value, at + gap)
+    places: list[float] = []
+    for value, _, _ in sorted(ends):
+        places.append(max(value, places[-1] + gap) if places else value)
+    top = high
+    for n in reversed(range(len(places))):  # what would be above the axes moves down, and what is below it with it
+        places[n] = min(places[n], top)
+        top = places[n] - gap
+    for at, (_, name, colour) in zip(places, sorted(ends), strict=True):
         axes.annotate(
             name,
             (1, at),
@@ -183,8 +188,8 @@ def gpu_plot(node: list[dict[str, Any]]) -> str:
         if not gpus:
             rows = [{**line, "minute": (line["at"] - began) / 60} for line in node]
             lines = [("CPU", series(rows, "cpu_percent", "minute"), COLOURS[0])]
-        labelled(axes, lines)
         axes.set_ylim(0, 105)
+        labelled(axes, lines)
         axes.set_xlabel("minutes")
         axes.set_ylabel("percent busy")
 

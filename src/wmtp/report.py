@@ -1,6 +1,6 @@
 """The completion report of a run, and runs side by side: Markdown and one self-contained page, from recorded facts.
 
-    python -m wmtp.report FOLDER [FOLDER …] --out DIR [--notes FILE] [--again COMMAND]
+    python -m wmtp.report FOLDER [FOLDER …] --out DIR [--notes FILE]
 
 FOLDER is a record (logs/RUN of a node, or the bucket's copy). One gives ``report.md``, ``report.html``; several give
 ``compare.md``, ``compare.html``. The Markdown's pictures lie in ``plots/``. What nobody recorded is "not recorded".
@@ -194,6 +194,7 @@ def survived(run: Run) -> list[tuple[str, str, str]]:
 def plan_rows(run: Run) -> list[tuple[str, str, str]]:
     """The plan's success table: criterion, its bar, what was measured with its state."""
     moved, took = (run.moved or 0) / 1e9, run.phase("sync")
+    most = max((p["ended"] - p["began"] for p in run.phases if p.get("phase") == "sync"), default=0.0)
     ten = run.until_step(10)
     world = run.facts.get("world")
     sharding = run.facts.get("config", {}).get("devices", {}).get("fsdp", {}).get("enabled")
@@ -205,14 +206,15 @@ def plan_rows(run: Run) -> list[tuple[str, str, str]]:
     note = " (the bar is a production run's)" if small else ""
     rate = f", {moved * 1000 / took:.0f} MB/s" if took and moved else ""
     where, tracked = run.facts.get("mlflow", {}).get("uri", NONE), run.facts.get("mlflow_run_id")
-    fetched = f"{moved:.2f} GB in {seconds(took)}{rate}{note}"
+    each = f", {seconds(most)} at most at a time" if took and most < took else ""
+    fetched = f"{NONE if run.moved is None else f'{moved:.2f} GB'} in {seconds(took)}{rate}{each}{note}"
     ranks = f"{world} ranks on {run.facts.get('device')}, FSDP {'on' if sharding else 'off'}{note}"
     trained = f"{len(run.steps)} of {run.facts.get('total_steps')} steps"
     begun = f"{seconds(ten)} from the node's start to step {min(10, len(run.steps))}"
     aligned = "settings resolved, models found, folders writable"
     return [
         ("path alignment", "everything under /app", state(run.facts, True, aligned)),
-        ("model download", "about 5 min for 63 GB", state(took is not None, small or (took or 0) <= 330, fetched)),
+        ("model download", "about 5 min for 63 GB", state(took is not None, small or most <= 330, fetched)),
         ("distributed start", "4 GPUs, FSDP", state(world, small or world == 4, ranks)),
         ("training starts", "without running out of memory", state(run.steps, True, trained)),
         (
@@ -247,7 +249,21 @@ def template_rows(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
-def sections(run: Run, notes: str, again: str) -> list[Section]:
+def again(facts: dict[str, Any]) -> str:
+    """The command that does the same under another name."""
+    env, algo, name, launcher, chosen = (facts.get(key) for key in ("env", "algo", "run", "launcher", "set"))
+    if not env or not algo or not name:
+        return NONE
+    what = f"make deploy ENV={env}" + (" LAUNCHER=docker" if launcher == "docker" else "")
+    if env == "test":
+        what = "make train"
+    elif launcher == "local":
+        what = "make minitest"
+    first = f"git checkout {facts['revision']} && " if facts.get("revision") else ""
+    return f"{first}{what} ALGO={algo} RUN_NAME={name}-again" + (f' SET="{chosen}"' if chosen else "")
+
+
+def sections(run: Run, notes: str) -> list[Section]:
     """The whole report, in the order in which it is asked."""
     facts, config = run.facts, run.facts.get("config", {})
     verdict = [
@@ -358,7 +374,7 @@ def sections(run: Run, notes: str, again: str) -> list[Section]:
         Section("Against the plan", plan_rows(run), ("criterion", "bar", "measured, state")),
         Section("The plan's completion report", template_rows(run)),
         Section("Remarks", text=notes or "None were given (NOTES=file)."),
-        Section("Again", code=again or NONE),
+        Section("Again", code=again(run.facts)),
     ]
 
 
@@ -513,7 +529,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--notes", type=Path, help="a person's remarks; they are kept beside the report for the next time"
     )
-    parser.add_argument("--again", default="", help="the command that does it again")
     args = parser.parse_args(argv)
     for folder in args.folders:
         if not (folder / "parts.jsonl").is_file() and not (folder / "facts.json").is_file():
@@ -532,11 +547,11 @@ def main(argv: list[str] | None = None) -> int:
         run, kept = runs[0], args.out / "notes.md"
         if args.notes:
             args.out.mkdir(parents=True, exist_ok=True)
-            text = args.notes.read_text()
+            text = args.notes.read_text(errors="replace")
             kept.write_text(text)
         notes = kept.read_text() if kept.is_file() else ""
         lead = f"{run.name}: {run.state}, {len(run.steps)} steps, held-out loss {learned(run)}."
-        print(write(args.out, "report", "WMTP completion report", lead, sections(run, notes, args.again)))
+        print(write(args.out, "report", "WMTP completion report", lead, sections(run, notes)))
     except OSError as error:
         print(
             f"report    FAIL  {error.filename or args.out}: {error.strerror}\n"
