@@ -43,6 +43,12 @@ known() { "$REAL_PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])
   [[ $output == *one/exit.json*one/failure.json*one/failure.md* ]]
 }
 
+@test "bundle: the log of a run that goes on on another node goes on where it came from the bucket" {
+  instead 'wmtp.record begin' 'echo "of the node before" >"$WMTP_APP_ROOT/came" && mv -f "$WMTP_APP_ROOT/came" "$WMTP_APP_ROOT/logs/one/log.txt"'
+  TRAINER=fails run -20 --separate-stderr startup
+  [[ $(<"$record/log.txt") == 'of the node before'*'startup   one: minitest'*'FAIL  training ended with 20'* ]]
+}
+
 @test "bundle: vocabularies that differ and a model that is missing have their class and their command" {
   FAIL_check_vocab=14 run -14 --separate-stderr startup
   [[ $stderr == *'one failed: vocabulary, in vocabularies (code 14):'*'next: make check-vocab ENV=minitest ALGO=baseline-mtp'* ]]

@@ -6,19 +6,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/bundle.bash"
 
 # phase NAME BEGAN: a line for the record of where the time goes.
 phase() {
-  printf '{"phase": "%s", "began": %s, "ended": %s, "by": "startup"}\n' "$1" "$2" "$(date +%s.%N)" >>"$app/logs/$RUN_NAME/phases.jsonl"
+  printf '{"phase": "%s", "began": %s, "ended": %s, "by": "startup"}\n' "$1" "$2" "$(date +%s.%N)" 2>/dev/null >>"$app/logs/$RUN_NAME/phases.jsonl" || true
 }
 
 # keep_record: from here on what the node says is in log.txt, the part of the run has a beginning, and, however this script
 # ends, an end; the record is then in the bucket as far as the bucket answers.
 keep_record() {
   local here=$app/logs/$RUN_NAME
+  # First: what it brings from the bucket takes the place of what is here, and nobody may hold the log open.
+  python -m wmtp.record begin "$here" "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --began "$BEGAN" --launcher "$LAUNCHER" || leave 2
   # On a terminal the bars stay whole instead.
   if [[ ! -t 2 ]]; then
     exec 2> >(trap '' TERM INT HUP && exec tee -a "$here/log.txt" >&2)
     tee_is=$!
   fi
-  python -m wmtp.record begin "$here" "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" --began "$BEGAN" --launcher "$LAUNCHER" || leave 2
   # shellcheck disable=SC2016
   "${tied[@]}" bash -c 'exec 9<> <(:); while : >"$1"; do read -rt 0.5 -u 9 || true; done' alive "$here/.alive" \
     >/dev/null 2>&1 </dev/null &
