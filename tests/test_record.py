@@ -45,6 +45,18 @@ def test_another_nodes_steps_go_on_where_the_checkpoints_are(folder: Path, tmp_p
     assert lines(folder / "redone.jsonl") == [{"step": 2}]
 
 
+def test_steps_that_another_node_made_meanwhile_take_the_place_of_fewer(folder: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "steps.jsonl").write_text('{"step": 1}\n')
+    (folder / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    recorder = Recorder(folder, None, Storage())
+    recorder.steps(checkpoints, 2)
+    recorder.close()
+    assert [line["step"] for line in lines(checkpoints / "steps.jsonl")] == [1, 2]
+    assert (folder / "steps.jsonl").is_symlink()
+
+
 def test_what_the_node_does_is_sampled(folder: Path) -> None:
     sample = record.Node().sample(folder)
     assert sample["gpus"] == [] or sample["gpus"][0].keys() >= {"index", "utilization_percent"}
@@ -106,6 +118,9 @@ def test_the_record_is_in_the_bucket_and_comes_to_the_next_node(folder: Path, pr
     assert begin(other, "--began", "2000", *there) == 0
     assert (other / "log.txt").read_text() == "a word\n"
     assert [part.began for part in parts_of(other)] == [1000, 2000]
+    assert record.main(["end", str(other), *PAIR, *there, "--env", "test", "--code", "75"]) == 0
+    assert begin(folder, "--began", "3000", *there) == 0  # and back
+    assert [part.began for part in parts_of(folder)] == [1000, 2000, 3000]
 
 
 def test_how_an_earlier_part_ended_leaves_the_bucket_with_the_next(folder: Path, prefix: str) -> None:

@@ -4,7 +4,7 @@
     python -m wmtp.record end FOLDER --code N [SETTINGS…]                   it ends: the whole record goes to the bucket
 
 The startup script calls both. A run is one part after another, on one node or several: what is written here goes on
-over all of them. `begin` takes the record from the bucket where this node has none of it, and gives a part that was
+over all of them. `begin` takes from the bucket what this node has not, or less of, and gives a part that was
 killed its end. Files, a JSON line each: ``parts`` (began, ended, code), ``phases``, ``steps``, ``redone`` (steps that
 were trained again after a kill), ``evals``, ``node`` (processor, memory, GPUs); and ``facts.json``, ``log.txt``. Times
 are seconds since the epoch. Exit codes: 0, also where the bucket gives no answer (a record is no reason to end a run);
@@ -188,10 +188,11 @@ class Recorder:
             if self.folder and not (ours := self.folder / name).is_symlink():
                 if ours.exists():  # from another node's record
                     folder.mkdir(parents=True, exist_ok=True)
-                    if (folder / name).exists():
+                    known = folder / name
+                    if known.exists() and known.stat().st_size >= ours.stat().st_size:
                         ours.unlink()
                     else:
-                        shutil.move(ours, folder / name)
+                        shutil.move(ours, known)
                 with contextlib.suppress(OSError):
                     ours.symlink_to((folder / name).resolve())
         return StepRecord(folder / "steps.jsonl", step)
@@ -385,9 +386,9 @@ def main(argv: Iterable[str] | None = None) -> int:
             print(f"record    warn  {prefix}/{NAME} has not all of {folder}", file=sys.stderr)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    if mirror and not (folder / "parts.jsonl").exists():
+    if mirror:
         with contextlib.suppress(CheckpointError):  # the sync says how the bucket is
-            mirror.pull(keep=True)  # another node's; a new run has none
+            mirror.pull(keep=True)  # another node's, which may have come between; a new run has none
     for part in parts_of(folder)[-1:]:
         if part.alive:  # by its record; it is dead, or this would not begin
             add_line(folder / "parts.jsonl", {"ended": part.ended, "code": None})
