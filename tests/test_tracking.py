@@ -251,6 +251,20 @@ def test_steps_that_never_reached_the_record_are_replayed(tmp_path: Path) -> Non
     assert told == [("wmtp_loss", step, float(step)) for step in range(1, 6)]
 
 
+def test_a_long_runs_replay_is_no_outage_and_none_of_it_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "POINTS_KEPT", 10)
+    before = [(step, {"wmtp_loss": float(step), "lr": 1.0}) for step in range(1, 101)]
+    for last in (101, 102):  # a store that lacks all of it, then one that lacks nothing
+        again = tracker(tmp_path, replay=before)
+        again.log(last, {"wmtp_loss": float(last)})
+        again.finish()
+        assert (again.failures, again.lost) == (0, 0)
+    told = rows(tmp_path, "select step, value from metrics where key = 'wmtp_loss' order by rowid")
+    assert told == [(step, float(step)) for step in range(1, 103)] and capsys.readouterr().err == ""
+
+
 def test_an_artifact_that_is_not_there_is_told_and_holds_up_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,24 +76,27 @@ class StepRecord:
 
     def __init__(self, path: Path, step: int) -> None:
         """Open to go on after ``step``; what a kill left beyond it is trained again, what is torn is dropped."""
-        self.kept: list[dict[str, Any]] = []
-        again: list[dict[str, Any]] = []
-        for line in lines(path):
-            with contextlib.suppress(KeyError, TypeError):
-                (self.kept if line["step"] <= step else again).append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for line in again:
-            add_line(path.with_name("redone.jsonl"), line)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
+        with staging.open("w") as kept:
+            for line in each_line(path):
+                with contextlib.suppress(KeyError, TypeError):
+                    if line["step"] <= step:
+                        kept.write(json.dumps(line) + "\n")
+                    else:
+                        add_line(path.with_name("redone.jsonl"), line)
         staging.replace(path)
         self._file = path.open("ab", buffering=0)
         self._late = b""  # what a full disk did not take so far
         self._told = False
 
     def replay(self, interval: int, total: int) -> list[tuple[int, dict[str, float | None]]]:
-        """Steps and figures of before that a tracker was to have, one in ``interval``: a kill may have come between."""
-        due = [line for line in self.kept if line["step"] % interval == 0 or line["step"] in (1, total)]
+        """Steps and figures so far that a tracker was to have, one in ``interval``: a kill may have come between."""
+        due = (
+            line
+            for line in each_line(Path(self._file.name))
+            if line["step"] % interval == 0 or line["step"] in (1, total)
+        )
         return [(line["step"], {name: v for name, v in line.items() if name != "step"}) for line in due]
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
@@ -285,16 +288,18 @@ class Node:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON lines of a file; none where it is not there. A line that a kill tore is left out."""
-    found = []
-    with contextlib.suppress(OSError):
-        for text in path.read_text(errors="replace").splitlines():
+    with contextlib.suppress(OSError), path.open(errors="replace") as file:
+        for text in file:
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
                 if isinstance(line, dict):
-                    found.append(line)
-    return found
+                    yield line
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return list(each_line(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:

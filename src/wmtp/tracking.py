@@ -30,7 +30,8 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 POINTS_PER_BATCH, PARAMS_PER_BATCH, VALUE_LENGTH = 1000, 100, 6000  # MLflow's own limits
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 BATCH_S = 2.0  # what is logged within so long goes together
-POINTS_KEPT = 50_000  # during an outage; the oldest go first
+REPLAYED = 200  # steps at a time
+POINTS_KEPT = 500_000  # during an outage; the oldest go first
 START_WAIT_S = 60.0  # the first database takes about 3 s
 FINISH_WAIT_S = 30.0  # torchrun gives its workers about as much after SIGTERM
 RETRY_WAIT_S = 5.0
@@ -98,6 +99,9 @@ class Tracker:
         self._ending = threading.Event()
         self._status = "FINISHED"
         self._inbox: queue.SimpleQueue[tuple[int, int, Mapping[str, float]] | Path | None] = queue.SimpleQueue()
+        self._replay = [
+            (step, int((figures.get("at") or time.time()) * 1000), figures) for step, figures in replay
+        ]  # on the disk too: none of it is lost where the store does not take it
         self._points: list[_Point] = []
         self._files: list[Path] = []
         self._thread: threading.Thread | None = None
@@ -110,9 +114,6 @@ class Tracker:
             self._mirror = StoreMirror(self.folder, prefix, storage or Storage(), lambda: self._run_id)
             self._fetched = False
             self._mirror.start()
-        for step, figures in replay:
-            known = {k: v for k, v in figures.items() if v is not None and k not in ("step", "at")}
-            self._inbox.put((step, int((figures.get("at") or time.time()) * 1000), known))
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -160,8 +161,9 @@ class Tracker:
             ending = self._ending.is_set()
             self._take(block_s=0.0 if ending else BATCH_S)
             if time.monotonic() >= retry_at or ending:
-                ok = self._try("start", self._start) and self._try("log", self._send)
+                ok = self._try("start", self._start)
                 self._begun.set()
+                ok = ok and self._try("log", self._send)
                 retry_at = 0.0 if ok else time.monotonic() + RETRY_WAIT_S
                 if ok:
                     self._back()
@@ -213,7 +215,8 @@ class Tracker:
         found = None if run_id is None else self._known(run_id)
         if run_id is not None and found is not None:
             client.set_terminated(run_id, "RUNNING")
-            self._recorded = {}
+            # MLflow shows values alone; to ask for a metric's history takes a second for each of a long run's.
+            self._recorded = {metric.key: metric.step for metric in found.data._metric_objs}
             given = bool(found.data.params)
         else:
             run_id, given = self._create(), False
@@ -312,12 +315,7 @@ class Tracker:
 
     def _last_step(self, key: str) -> int:
         """The last step that a continued run already has: repeated steps are not logged twice."""
-        if self._recorded is None:
-            return -1
-        if key not in self._recorded:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._recorded[key] = max((point.step for point in history), default=-1)
-        return self._recorded[key]
+        return -1 if self._recorded is None else self._recorded.get(key, -1)
 
     def _send(self) -> None:
         from mlflow.entities import Metric, Param
@@ -327,11 +325,26 @@ class Tracker:
             for at in range(0, len(params), PARAMS_PER_BATCH):
                 self._log_batch(params=params[at : at + PARAMS_PER_BATCH])
             self._params_due = False
-        while self._points:
-            batch = self._points[:POINTS_PER_BATCH]
-            fresh = [p for p in batch if p.step > self._last_step(p.key)]
+
+        def send(points: list[_Point]) -> None:
+            fresh = [p for p in points if p.step > self._last_step(p.key)]
             if fresh and not self._added(fresh):
                 self._log_batch(metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in fresh])
+
+        while self._replay:
+            some = self._replay[:REPLAYED]
+            points = [
+                _Point(k, v, at, step)
+                for step, at, figures in some
+                for k, v in figures.items()
+                if v is not None and k not in ("step", "at")
+            ]
+            for first in range(0, len(points), POINTS_PER_BATCH):
+                send(points[first : first + POINTS_PER_BATCH])
+            del self._replay[:REPLAYED]
+        while self._points:
+            batch = self._points[:POINTS_PER_BATCH]
+            send(batch)
             del self._points[: len(batch)]
         while self._files:
             path = self._files[0]
