@@ -238,3 +238,20 @@ def test_a_silent_mirror_is_told() -> None:
     assert vitals.warnings(at) == ["no sign of life: the record has not changed for 4 min"]
     at.sign = NOW - 170
     assert vitals.warnings(at) == []
+
+
+def test_a_mirror_that_is_looked_at_seldom_is_judged_as_of_the_last_look(tmp_path: Path) -> None:
+    """The steps of a long run are large: they are fetched every quarter of an hour, and the run is not silent then."""
+    at = time.time() - 900
+    record = write(
+        tmp_path,
+        parts_jsonl=[{"began": at - 1000}],
+        steps_jsonl=[{"step": n, "at": at - 30 + n, "step_seconds": 1.0} for n in range(30)],
+        node_jsonl=[{"at": at}],
+        record_json={"at": at, "files": {}},
+    )
+    os.utime(record / "record.json", (at + 20, at + 20))
+    looked = vitals.read("run", record=record)
+    assert vitals.standing(looked).word == "running" and vitals.warnings(looked) == []
+    os.utime(record / "record.json")
+    assert vitals.standing(vitals.read("run", record=record)).word == "silent"

@@ -43,8 +43,8 @@ fetch_record() {
     if grep -qE 'AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|NoSuchBucket|403' "$TEMP/client.log"; then return 3; fi
     return 11
   fi
-  # The same mirror as before: nothing to move.
-  ! cmp -s "$TEMP/record.json" "$2/record.json" || return 0
+  # The same mirror as before: nothing to move, but it was looked at now.
+  if cmp -s "$TEMP/record.json" "$2/record.json"; then touch -- "$2/record.json" && return; fi
   rm -rf -- "$2/.new" && mkdir -p "$2/.new"
   python -m wmtp.monitor --lacking "$2" --from "$from" <"$TEMP/record.json" >"$TEMP/commands" || return 11
   if [[ -s $TEMP/commands ]]; then

@@ -8,7 +8,9 @@ state. Any file may be absent, and the last line of a growing one may be torn.
 from __future__ import annotations
 
 import calendar
+import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -65,6 +67,8 @@ class Seen:
     """Step of the newest whole one, and when it became whole."""
     sign: float | None = None
     """When the record last changed."""
+    looked: float = math.inf
+    """When the bucket was last asked for a mirror: what came later is not known."""
     record: Path | None = None
     alive: bool = False
     """A process of this run is at work on this machine."""
@@ -73,6 +77,11 @@ class Seen:
     moved: int | None = None
     """Bytes that came from the bucket."""
     now: float = field(default_factory=time.time)
+
+    @property
+    def until(self) -> float:
+        """The moment that the record speaks of."""
+        return min(self.now, self.looked)
 
     @property
     def recorded(self) -> bool:
@@ -221,6 +230,9 @@ def read(
         seen.node = next(iter(lines_of(record / "node.jsonl", "at", most=2**14)[-1:]), {})
         seen.log = tail(record / "log.txt", 2**16)
         seen.sign = sign_of(record, launcher == "local")
+        if launcher != "local":
+            with contextlib.suppress(OSError):
+                seen.looked = (record / "record.json").stat().st_mtime
         if not seen.number and seen.parts and launcher != "local":
             seen.number = seen.parts[-1].number
         if seen.parts and written(record / "exit.json") < seen.parts[-1].began:
@@ -275,7 +287,7 @@ def standing(seen: Seen) -> Standing:
     if part and part.code is not None:
         code = part.code
     if part and part.ended is None:  # the trainer may have ended; its startup script has not, if it lives
-        silent = seen.now - seen.sign if seen.sign is not None else 0.0
+        silent = seen.until - seen.sign if seen.sign is not None else 0.0
         if seen.launcher != "local":
             return Standing("silent" if silent > SILENT_MIRROR_S else "running", live=True)
         if silent <= SILENT_HERE_S or seen.alive:
@@ -428,7 +440,7 @@ def no_progress(seen: Seen) -> str | None:
     taken = figures(of_this_part(seen)[-EARLIER:], "step_seconds")
     training = taken and seen.step != seen.total
     limit = max(300.0, 10 * median(taken)) if training else QUIET_S
-    since = seen.now - max(moved)
+    since = seen.until - max(moved)
     if since <= limit:
         return None
     where = f"after step {seen.step}" if seen.steps else "before the first step"
@@ -439,7 +451,7 @@ def no_life(seen: Seen) -> str | None:
     """Nobody has written the record for long."""
     if seen.sign is None:
         return None
-    silent = seen.now - seen.sign
+    silent = seen.until - seen.sign
     limit = SILENT_HERE_S if seen.launcher == "local" else SILENT_MIRROR_S
     if silent <= (limit if seen.node else QUIET_S):
         return None
