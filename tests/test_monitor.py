@@ -51,7 +51,8 @@ def a_run(**known: Any) -> Seen:
         "device": "cuda",
         "gpu": "A100",
         "price_per_hour": 6.2,
-        "mlflow": {"uri": "https://me:secret@tracking.example/", "run_id": "f" * 32},
+        "mlflow": {"uri": "https://me:secret@tracking.example/", "experiment": "wmtp/prod"},
+        "mlflow_run_id": "f" * 32,
         "checkpoints": f"s3://wmtp/checkpoints/{NAME}",
     }
     held: dict[str, Any] = {

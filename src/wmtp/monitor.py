@@ -247,16 +247,16 @@ def mlflow(seen: Seen) -> list[Row]:
     known = known if isinstance(known, dict) else {}
     uri = re.sub(r"//[^@/\s]+@", "//***@", str(known.get("uri") or ""))
     rows: list[Row] = [("head", f"[MLflow Experiments]{f'  {uri}' if uri else ''}")]
-    if not known.get("run_id") and not seen.steps:
+    run_id = seen.facts.get("mlflow_run_id")
+    if not run_id and not seen.steps:
         return [*rows, ("plain", "  no run so far")]
     state = vitals.standing(seen)
     status = "RUNNING" if state.live else "FAILED" if state.failed else "FINISHED"
     if not state.live and (seen.status == "terminated" or state.word == "stopped"):
         status = "KILLED"
     last = f"{figure(number(seen.steps[-1], 'wmtp_loss'))} (step {seen.step})" if seen.steps else "none so far"
-    run_id = str(known.get("run_id") or "not known so far")
     rows.append(("plain", f"  {'run_id':<32}  {'status':<8}  wmtp_loss"))
-    return [*rows, ("plain", f"  {run_id:<32}  {status:<8}  {last}")]
+    return [*rows, ("plain", f"  {run_id or 'not known so far'!s:<32}  {status:<8}  {last}")]
 
 
 def page(seen: Seen, width: int | None = None, height: int | None = None) -> list[Row]:
