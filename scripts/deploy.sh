@@ -117,12 +117,12 @@ main() {
   detail[2]=${OUT#*@}
   told 2
   stage 3 "$ROOT/scripts/submit.sh"
+  detail[3]=${OUT:+run $OUT}
   if [[ ${DRY_RUN:-} == 1 ]]; then
     told 3
     log deploy "nothing was changed; would then follow the run to its tenth step. To do it: $(again)"
     return 0
   fi
-  detail[3]="run $OUT"
   told 3
   local mark=$SECONDS
   follow "$OUT" "$SECONDS"
