@@ -132,6 +132,10 @@ test-docs: $(STAMP) ##- every command of README and guide, and whether it prints
 test-image: $(STAMP) ##- image, registry, submit, deploy on real parts; as root it installs and starts them
 	@scripts/test_image.sh
 
+.PHONY: acceptance
+acceptance: $(STAMP) ## every criterion of the plan against what is built: bar, measured, state (ONLY= ENGINE=0|1)
+	@scripts/acceptance.sh
+
 .PHONY: lint
 lint: $(STAMP) ##- ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint, zizmor
 	@scripts/lint.sh
