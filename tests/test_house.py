@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
         "ledger",
         "minitest",
         "record",
+        "reference",
         "registry",
         "manifest",
         "monitor",

@@ -622,7 +622,7 @@ NotNegative = Annotated[float, Number(ge=0)]
 
 
 class Section(BaseModel):
-    """A mapping with fixed keys."""
+    """A mapping with fixed keys; what stands under a key is what `docs/settings.md` says of it (wmtp.reference)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -632,41 +632,65 @@ class Section(BaseModel):
 
 class Models(Section):
     base: Folder
+    """The model that is trained."""
     rm: Folder | None = None
+    """The reward model that `critic-wmtp` scores documents with."""
     ref: Folder | None = None
+    """The reference model whose losses `rho1-wmtp` compares with."""
 
 
 class CheckpointPaths(Section):
     base_path: Folder
+    """Where checkpoints go, a folder for each run; with `s3://` they are written on the disk first, then uploaded."""
     save_interval: Count = 100
+    """Optimizer steps from one checkpoint to the next; at most `train.max_steps`."""
     keep_last: Count = 3
+    """Checkpoints that are kept, the newest; the one being written and the one being uploaded come on top."""
     save_final: Yes = True
+    """Whether the end of a run leaves the trained model as a Hugging Face folder, `final`."""
 
 
 class Paths(Section):
     models: Models
+    """Folders of models, as `file://` or `s3://`."""
     datasets: dict[Annotated[str, DatasetName()], Folder] = Field(default_factory=dict)
+    """Folders of data by the names that `data.*.sources` of a recipe use; what is `s3://` is synced to the node."""
     checkpoints: CheckpointPaths
+    """How often a run saves, and what it keeps."""
 
 
 class Storage(Section):
     bucket: Annotated[str, BucketName()] = "wmtp"
+    """The bucket of models, data, checkpoints and records: its name alone."""
     region: Name = "eu-north-1"
+    """The bucket's region."""
     endpoint: Name | None = None
+    """Address of an S3 server that is not AWS's."""
     workers: Annotated[int, Whole(ge=1, le=256)] = 16
+    """Parts of one object that are on their way at once."""
     part_size_mb: Annotated[int, Whole(ge=5, le=5000)] = 100
+    """Size of such a part in MB. `WMTP_STORAGE_PART_MB` wins where models are published."""
     accelerate: Yes = False
+    """Whether the sync takes AWS's Transfer Acceleration, where the bucket has it."""
     retries: Count = 3
+    """Tries of a transfer before it ends with 12."""
     retry_wait_s: Annotated[int, Whole(ge=0)] = 10
+    """Seconds between two tries. `WMTP_STORAGE_RETRY_WAIT_S` wins in a sync."""
     stall_s: Count = 30
+    """Seconds without a byte after which a transfer is stopped. `WMTP_STORAGE_STALL_S` wins in a sync."""
     cache_dir: Name = "/cache/models"
+    """The store of synced models where this folder exists; else it is `models/.store`."""
     cache_max_gb: Positive | None = None
+    """GB that the store may hold; a sync makes room for more. `WMTP_CACHE_MAX_GB` wins."""
 
 
 class Mlflow(Section):
     experiment: Name
+    """The experiment's name."""
     tracking_uri: Annotated[str, TrackingAddress()]
+    """Where runs are logged; `file://` is a folder with `mlflow.db`, `s3://` a copy of such a folder."""
     registry_uri: Annotated[str, TrackingAddress()] = Field(default_factory=lambda data: data.get("tracking_uri", ""))
+    """MLflow's model registry; by default the same as `mlflow.tracking_uri`. Nothing is registered yet."""
 
 
 # GiB of one GPU, for the memory plan.
@@ -675,33 +699,52 @@ GPU_MEMORY_GB = {"A100": 80.0, "H100": 80.0, "H200": 141.0, "L40S": 48.0, "A10":
 
 class Resources(Section):
     gpus: Annotated[int, Whole(ge=0)] = 4
+    """GPUs of the run, one rank each; without GPUs, the number of ranks."""
     gpu_type: Name = "A100"
+    """Name of the GPU: what memory it has, and whether it can do bf16."""
     gpu_memory_gb: Positive | None = Field(default_factory=lambda data: GPU_MEMORY_GB.get(data.get("gpu_type", "")))
+    """GiB of one GPU, for the memory plan; known for A100, H100, H200, L40S, A10, L4."""
 
 
 class Launcher(Section):
     target: Annotated[Literal["local", "docker", "vessl"], Word("local", "docker", "vessl")]
+    """What starts the run: this machine, its container engine, or VESSL."""
     resources: Resources = Field(default_factory=Resources)
+    """The devices that a run asks for."""
     cluster: Name | None = None
+    """VESSL's name of the cluster."""
     preset: Name | None = None
+    """VESSL's name of the machine."""
     image: Name | None = None
+    """The image that is built, pushed and run."""
     volume: Name | None = None
+    """`volume://STORAGE/NAME`: VESSL's volume in which models stay from run to run."""
     max_hours: Positive | None = None
+    """Hours after which a run saves and ends with 75. `MAX_HOURS` wins."""
     price_per_hour: NotNegative | None = None
+    """US dollars for an hour of the whole machine; gives what a run cost."""
 
 
 class Distributed(Section):
     enabled: Yes = True
+    """Whether there are ranks, one process a device."""
     backend: Annotated[Literal["nccl", "gloo"], Word("nccl", "gloo")] | None = None
+    """How ranks talk; by default nccl with `cuda`, else gloo."""
     init_method: Annotated[str, Word("env://")] = "env://"
+    """How ranks find each other: by the launcher's environment."""
     timeout: Count = 1800
+    """Seconds that a rank waits for the others."""
 
 
 class Fsdp(Section):
     enabled: Yes = True
+    """Whether ranks share one model (FSDP2); more than one rank needs it."""
     auto_wrap: Yes = True
+    """Whether each layer is gathered alone; false gathers the whole model at once and needs its memory."""
     activation_ckpt: Annotated[bool | Literal["selective"], FlagOrSelective()] = True
+    """Recomputing activations: true needs least memory, false is fastest, selective keeps products and attention."""
     sharding: Annotated[str, Word("full_shard", "shard_grad_op", "no_shard")] = "full_shard"
+    """What is shared out: all; gradients and optimizer only; or nothing, each rank with a whole model."""
 
 
 _NO_SCALER = "float16 is refused: there is no loss scaler here; bf16 needs none"
@@ -710,11 +753,17 @@ _PRECISION = Word("bf16", "fp32", refused={"fp16": _NO_SCALER, "float16": _NO_SC
 
 class Devices(Section):
     compute_backend: Annotated[str, Word("cuda", "mps", "cpu", "auto")] = "auto"
+    """The device; auto takes cuda, then mps, then cpu."""
     mixed_precision: Annotated[str, _PRECISION] = "bf16"
+    """Precision of the computation; parameters and optimizer are kept in fp32."""
     compile: Yes = False
+    """Whether layers and loss are compiled: some seconds before the first step, more tokens a second after it."""
     num_proc: Count = 8
+    """Threads that tokenize."""
     distributed: Distributed = Field(default_factory=Distributed)
+    """The ranks of a run."""
     fsdp: Fsdp = Field(default_factory=Fsdp)
+    """How ranks share the model."""
 
 
 class Settings(Section):
@@ -727,13 +776,21 @@ class Config(Settings):
     """Where a run happens: paths, storage, tracking, devices."""
 
     project: Name
+    """A name for your own use, kept in the record of a run."""
     seed: Annotated[int, Seed(ge=0)] = 42
+    """Seed of data order and new weights."""
     log_interval: Count = 10
+    """Optimizer steps from one line of the log, and point of MLflow, to the next."""
     paths: Paths
+    """Where models, data and checkpoints are."""
     storage: Storage = Field(default_factory=Storage)
+    """The bucket, and how bytes move."""
     mlflow: Mlflow
+    """Where runs are tracked."""
     launcher: Launcher
+    """What starts a run, and on what."""
     devices: Devices = Field(default_factory=Devices)
+    """What computes, and how."""
 
 
 # ---- the recipe: what ----------------------------------------------------------------------------
@@ -741,25 +798,33 @@ class Config(Settings):
 
 class Run(Section):
     name: Annotated[str, RunName()]
+    """Name of the run where the command names none: scripts always do."""
     tags: list[Name] = Field(default_factory=list)
+    """Words for your own use; MLflow gets those of `--tags`."""
 
 
 class SourceData(Section):
     sources: list[Name] = Field(default_factory=list)
+    """Names of `paths.datasets`."""
     max_length: Annotated[int, Whole(ge=8)] = 2048
+    """Tokens of a row; a longer document is cut into more."""
     batch_size: Count = 2
+    """Rows per rank and micro-batch."""
     pack_sequences: Yes = True
+    """Whether a row holds several documents; attention stays inside each."""
 
 
 class TrainData(SourceData):
     sources: list[Name] = Field(min_length=1)
     # Models are compared by HumanEval: one that was trained on it must not happen by a slip.
     allow_evaluation_data: Yes = False
+    """Whether HumanEval may be trained on."""
 
 
 class EvalData(SourceData):
     # Of the training sources' documents, chosen by their texts' digests. More than a half would be a slip.
     share: Annotated[float, Number(ge=0, le=0.5)] = 0.0
+    """Share of the training documents that is held out, chosen by their digests."""
 
     @property
     def held_out(self) -> bool:
@@ -769,7 +834,9 @@ class EvalData(SourceData):
 
 class Data(Section):
     train: TrainData
+    """What is trained on."""
     eval: EvalData = Field(default_factory=EvalData)
+    """What is held out: nothing of it is trained on."""
 
     @property
     def longest(self) -> int:
@@ -779,67 +846,108 @@ class Data(Section):
 
 class Model(Section):
     heads: Annotated[int, Whole(ge=1, le=8)] = 4
+    """Tokens that are predicted at each position; the checkpoint has as many heads, or `model.new_heads` is true."""
     new_heads: Yes = False
+    """Whether missing heads are made of the last layer."""
     vocab_size: Count = 32000
+    """Pieces of the vocabulary, the same in all models of the run."""
 
 
 class EarlyStopping(Section):
     enabled: Yes = False
+    """Whether it ends when the held-out loss no longer falls."""
     patience: Count = 3
+    """Evaluations without a lower loss until it ends."""
     metric: Annotated[str, Word("held_out_ce")] = "held_out_ce"
+    """What is watched."""
 
 
 class PretrainEarlyStopping(EarlyStopping):
     metric: Annotated[str, Word("value_loss")] = "value_loss"
+    """What is watched."""
 
 
 class Train(Section):
     algo: Annotated[str, Word(*trainer_registry)]
+    """How tokens are weighed: all alike, by excess over a reference, or by the value they add."""
     full_finetune: Annotated[bool, OnlyTrue()] = True
+    """Whether all weights are trained."""
     num_epochs: Count = 3
+    """Passes over the data, unless `train.max_steps` ends the run before."""
     max_steps: Count | None = None
+    """Optimizer steps at most."""
     accumulation_steps: Count = 1
+    """Micro-batches per optimizer step."""
     early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
+    """Ending before the last step."""
 
 
 class Pretrain(Section):
     enabled: Yes = True
+    """Whether stage 1 runs: the value head learns the reward while the trunk is frozen."""
     num_epochs: Count = 1
+    """Passes over the data, unless `pretrain.max_steps` ends it before."""
     max_steps: Count | None = None
+    """Steps of stage 1 at most."""
     lr: Positive = 1e-3
+    """Learning rate of the value head in stage 1."""
     save_value_head: Yes = True
+    """Whether the trained value head is left beside the checkpoints."""
     early_stopping: PretrainEarlyStopping = Field(default_factory=PretrainEarlyStopping)
+    """Ending stage 1 before its last step."""
 
 
 class Critic(Section):
     target: Annotated[str, Word("rm_sequence")] = "rm_sequence"
+    """What the value head learns: the reward model's score of a whole document."""
     token_spread: Annotated[str, Word("gae")] = "gae"
+    """How that score reaches the tokens: generalized advantage estimation."""
     delta_mode: Annotated[str, Word("td")] = "td"
+    """What a token adds: the difference to the value before it."""
     normalize: Annotated[str, Word("zscore")] = "zscore"
+    """How scores are made comparable: mean 0 and deviation 1 over the training set."""
     gamma: Share = 1.0
+    """Discount of later rewards. At 2048 tokens less than 1 leaves the first tokens nothing to learn."""
     gae_lambda: Share = 0.95
+    """Share of later errors in a token's target: 0 only the next, 1 all."""
     discount_lambda: Share = 0.95
+    """Share of the value before a token that is taken off its own; the rest is the token's."""
     auxiliary_loss_coef: NotNegative = 0.1
+    """Weight of the value head's own loss in stage 2; it does not reach the trunk."""
     value_lr: NotNegative = 5e-5
+    """Learning rate of the value head in stage 2."""
     use_pseudo_rewards: Yes = False
+    """Whether the untrained base model's mean loss stands in for a reward model."""
     reward_template: Annotated[str, Text(lines=True)] = "{text}"
+    """How the reward model reads a document: fields {prompt}, {solution}, {text}."""
 
 
 class Rho1(Section):
     selection_mode: Annotated[str, Word("weighted", "token_skip")] = "weighted"
+    """weighted: every token by its score; token_skip: the best count, the others not at all."""
     skip_threshold_percentile: Annotated[float, Number(ge=0, lt=1)] = 0.3
+    """Share of tokens that token_skip leaves out."""
     min_ce_diff: NotNegative = 0.01
+    """Scores that are smaller than this, in nats, count as 0."""
     center: Annotated[str, Word("head", "none")] = "head"
+    """head: each head's running mean is taken off its excess; none: far heads weigh more whatever they can learn."""
     center_decay: Annotated[float, Number(ge=0, lt=1)] = 0.99
+    """How slowly that mean follows: share of the old one kept in each step."""
 
 
 class Loss(Section):
     weight_norm: Annotated[str, Word("mean1.0_clip")] = "mean1.0_clip"
+    """How scores become weights: softmax over heads, clipped, mean 1 at each position."""
     lambda_: Share = Field(0.3, alias="lambda")
+    """Share of the algorithm in a weight; 0 is `baseline-mtp`, bit for bit."""
     weight_temperature: Positive = 0.7
+    """Temperature of the softmax: lower tells heads apart more."""
     epsilon: Annotated[float, Number(gt=0, lt=1)] = 0.05
+    """Least weight before the last normalisation."""
     max_weight: Annotated[float, Number(gt=1)] = 3.0
+    """Largest weight before the last normalisation."""
     chunk_positions: Annotated[int | Literal["auto"], WholeOrAuto()] = "auto"
+    """Positions whose logits are in memory at once; auto chooses."""
 
 
 Beta = Annotated[float, Number(ge=0, lt=1)]
@@ -847,32 +955,51 @@ Beta = Annotated[float, Number(ge=0, lt=1)]
 
 class Optim(Section):
     optimizer: Annotated[str, Word("adamw")] = "adamw"
+    """The optimizer."""
     lr: Positive = 2e-5
+    """Peak learning rate."""
     weight_decay: NotNegative = 0.01
+    """Decoupled weight decay."""
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two."""
     grad_clip: NotNegative = 1.0
+    """Largest norm of the gradient; 0 clips nothing."""
     scheduler: Annotated[str, Word("cosine", "linear", "constant")] = "cosine"
+    """How the learning rate falls after the warm-up: to 0 by a cosine or a line, or not."""
     warmup_ratio: Share = 0.03
+    """Share of the steps in which it rises."""
 
 
 class Eval(Section):
     interval: Count = 200
+    """Optimizer steps from one held-out evaluation to the next."""
     max_batches: Count = 20
+    """Batches of `data.eval.batch_size` rows that an evaluation reads, all ranks together."""
 
 
 class Recipe(Settings):
     """What a run does: data, algorithm, optimisation."""
 
     run: Run
+    """How a run is called."""
     data: Data
+    """What is read."""
     model: Model = Field(default_factory=Model)
+    """What the trained model has."""
     train: Train
+    """The algorithm, and how long."""
     pretrain: Pretrain = Field(default_factory=Pretrain)
+    """Stage 1 of `critic-wmtp`."""
     critic: Critic = Field(default_factory=Critic)
+    """`critic-wmtp`."""
     rho1: Rho1 = Field(default_factory=Rho1)
+    """`rho1-wmtp`."""
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
+    """From scores to weights."""
     optim: Optim = Field(default_factory=Optim)
+    """Optimizer and learning rate."""
     eval: Eval = Field(default_factory=Eval)
+    """Held-out evaluation."""
 
 
 # ---- from a tree to settings ---------------------------------------------------------------------
@@ -1011,7 +1138,7 @@ def _finding(tree: Tree, model: type[BaseModel], error: Mapping[str, Any]) -> No
         known = f" of {', '.join(names_of(section))}" if section else ""
         what, rule = f"{quoted} is a wrong type", f"a mapping{known}"
     else:
-        what, rule = f"{quoted}: {error['msg']}", "see docs of this key"
+        what, rule = f"{quoted}: {error['msg']}", "docs/settings.md says what this key takes"
     tree.add(loc, what, rule)
 
 
