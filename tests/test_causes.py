@@ -251,6 +251,18 @@ KILLED_RANK = (
             "network",
             "exit.json: rank 0: s5cmd",
         ),
+        (
+            End(2, "training ended with 2"),
+            {
+                "exit_json": {
+                    "code": 2,
+                    "cause": "made otherwise:\n  optim.lr: 1 -> 2\n; rule: x",
+                    "class": "configuration",
+                }
+            },
+            "configuration",
+            "exit.json: made otherwise: optim.lr: 1 -> 2",
+        ),
         # The others see the connection of a killed rank close.
         (
             End(20, TRAINED, 1, 1),
@@ -340,6 +352,7 @@ def test_the_phase_is_the_one_that_had_begun(tmp_path: Path) -> None:
     assert after() == "imports" and after("imports", "ranks") == "data"
     assert after("load") == "pretrain" and after("load", algo="rho1-wmtp") == "held out"
     assert after("first step") == "train" and after("train") == "end" and after("else") == "after else"
+    assert after("first step", "save") == "train"  # a save is within it
     assert explain(tmp_path / "r", End(12, "sync ended with 12 after 3 s"))["phase"] == "sync"
     assert explain(tmp_path / "r", End(10, "can't be written"))["phase"] == "prepare"
 
@@ -429,7 +442,8 @@ def test_the_bundle_holds_the_record_without_secrets(tmp_path: Path) -> None:
     began = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 5  # 0.1 s; not torch's import, which a test of its own refuses
-    assert done.stdout.splitlines()[-1].startswith("next: ") and not done.stderr
+    more, last = done.stdout.splitlines()[-2:]
+    assert more == "more: docs/failures/bug.md" and last.startswith("next: ") and not done.stderr
     with tarfile.open(folder / "bundle.tar.gz") as archive:
         held = {name.removeprefix("r/"): archive.extractfile(name).read().decode() for name in archive.getnames()}  # type: ignore[union-attr]
     assert set(held) == {

@@ -288,7 +288,8 @@ def diagnose(record: Record, end: End) -> tuple[str, Line]:
     if kind in (None, NETWORK) and end.code not in ({*BY_CODE, RESUME_ME}) and (found := _of_signal(record, end)):
         return found
     if kind or ended:
-        cause = str(ended.get("cause") or "").partition("\n")[0]
+        # A line that ends with a colon says nothing yet: what it announces is on the next.
+        cause = re.sub(r":\n\s*", ": ", str(ended.get("cause") or "")).partition("\n")[0]
         first = re.match(r"rank (\d+): ", cause)
         line = record.tracebacks.get(int(first[1])) if first else None
         told = Line("exit.json", 0, plain(cause) or said.text)
@@ -371,7 +372,7 @@ def phase_of(record: Record, end: End) -> str:
     if not end.of_training:
         return "prepare"
     rows = [row for row in record.rows("phases.jsonl") if (number(row.get("ended")) or 0.0) >= record.began]
-    done = [str(row.get("phase")) for row in rows if row.get("by") == "train"]
+    done = [str(row.get("phase")) for row in rows if row.get("by") == "train" and row.get("phase") != "save"]  # within
     if not done:
         return PHASES[0] if end.said or not rows else str(rows[-1].get("phase"))
     if done[-1] not in PHASES:
@@ -520,6 +521,11 @@ def paragraph(failure: Mapping[str, Any]) -> str:
     return " ".join(out)
 
 
+def page(kind: str) -> str:
+    """What is known of the class, in the repository."""
+    return f"docs/failures/{kind.replace(' ', '-')}.md"
+
+
 def write(path: Path, data: bytes) -> None:
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -569,7 +575,7 @@ def main(argv: list[str] | None = None) -> int:
         failure = json.loads(without_secrets(json.dumps(explain(folder, end))))
         told = paragraph(failure)
         print(textwrap.fill(told, 69, break_long_words=False, break_on_hyphens=False))
-        print(f"next: {failure['next']}", flush=True)
+        print(f"more: {page(failure['class'])}\nnext: {failure['next']}", flush=True)
     except Exception as error:  # whatever it is, the run's own end is what counts
         print(f"causes    warn  not explained: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
