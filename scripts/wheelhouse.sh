@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: scripts/wheelhouse.sh PYTHON      (for example 3.12: the minor version of the image's interpreter)
 # Downloads the wheels of the image into build/wheelhouse/PYTHON: locked/ with hashes from requirements/run.txt, torch/ with
-# what torch brings beside it, uv/ to install them. What is there already is kept: the second call asks no index.
+# what torch brings beside it (hashes from requirements/cuda.txt where it is the package index's), uv/ to install them. What is there already is kept: the second call asks no index.
 # Environment: PIP_FIND_LINKS (a folder of wheels that torch may come from) or TORCH_BACKEND (cpu, cu126, … as uv knows them);
 #   without both it is the build with CUDA that the package index has.
 # Standard output: the folder and the key of its content, with a tab between.
@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 
 # key PYTHON: what the wheels depend on.
 key() {
-  { cat requirements/{run,torch,uv}.txt && printf '%s\n' "$1" "${TORCH_FROM[*]}"; } | sha256sum | cut -c1-16
+  { cat requirements/{run,torch,cuda,uv}.txt && printf '%s\n' "$1" "${TORCH_FROM[*]}"; } | sha256sum | cut -c1-16
 }
 
 # flat PYTHON FILE OPTION…: what of a requirements file holds on the image's platform, whatever this machine is; pip itself
@@ -22,6 +22,15 @@ key() {
 flat() {
   uv pip compile -q --no-header --no-annotate --python-platform x86_64-manylinux_2_28 --python-version "$1" \
     "${TORCH_FROM[@]}" "${@:3}" "$2"
+}
+
+# with_hashes LOCK: the pins on standard input with the lock's own hashes: pip compile would take those of the index. Fails
+# for a pin that the lock doesn't have.
+with_hashes() {
+  awk 'NR == FNR { lacks[$1]; next }
+    /^[^ #]/ { shown = $1 in lacks; delete lacks[$1]; if (shown) print $1 " \\" }
+    shown && /--hash=/
+    END { for (pin in lacks) { print pin " is not in the lock" >"/dev/stderr"; exit 1 } }' - "$1"
 }
 
 # fetch PYTHON FOLDER FILE: exactly these wheels, no others.
@@ -49,10 +58,15 @@ repack() {
 # fetch_all PYTHON FOLDER: the lock keeps its hashes; of torch's wheels only those that the lock doesn't have.
 fetch_all() {
   local python=$1 folder=$2
-  flat "$python" requirements/run.txt --generate-hashes >"$folder/locked.txt" || return
-  flat "$python" requirements/uv.txt --generate-hashes >"$folder/uv.txt" || return
-  flat "$python" requirements/torch.txt --constraint requirements/run.txt >"$folder/with-torch.txt" || return
+  local -a bounds=(--constraint requirements/run.txt)
+  ((${#TORCH_FROM[@]})) || bounds+=(--constraint requirements/cuda.txt)
+  flat "$python" requirements/run.txt | with_hashes requirements/run.txt >"$folder/locked.txt" || return
+  flat "$python" requirements/uv.txt | with_hashes requirements/uv.txt >"$folder/uv.txt" || return
+  flat "$python" requirements/torch.txt "${bounds[@]}" >"$folder/with-torch.txt" || return
   grep -vxFf <(grep -oE '^[^ ]+==[^ ]+' "$folder/locked.txt") "$folder/with-torch.txt" >"$folder/torch.txt" || return
+  if ((${#TORCH_FROM[@]} == 0)); then
+    mv -- "$folder/torch.txt" "$folder/pins.txt" && with_hashes requirements/cuda.txt <"$folder/pins.txt" >"$folder/torch.txt" || return
+  fi
   fetch "$python" "$folder/locked" "$folder/locked.txt" || return
   fetch "$python" "$folder/uv" "$folder/uv.txt" || return
   if [[ ${TORCH_FROM[0]:-} == --torch-backend ]] && grep -q '^torch==.*+' "$folder/torch.txt"; then

@@ -53,6 +53,18 @@ def test_locks_record_hashes_and_no_addresses() -> None:
         assert not [line for line in text.splitlines() if line.startswith("torch==")]
 
 
+def test_the_lock_of_torch_is_of_the_version_that_is_named_and_agrees_with_the_others() -> None:
+    lines = (ROOT / "requirements/cuda.txt").read_text().splitlines()
+    assert (ROOT / "requirements/torch.txt").read_text().split() == [
+        line.split()[0] for line in lines if line.startswith("torch==")
+    ]
+    run = {line.split()[0] for line in (ROOT / "requirements/run.txt").read_text().splitlines() if "==" in line}
+    names = {pin.split("==")[0] for pin in run}
+    both = [line.split()[0] for line in lines if line[:1].isalpha() and line.split("==")[0] in names]
+    assert len(both) > 5 and set(both) <= run
+    assert not [line for line in lines if "://" in line] and sum("--hash=sha256:" in line for line in lines) > 100
+
+
 def test_what_a_run_needs_is_locked_alike_on_a_laptop() -> None:
     """install.sh reads dev.txt alone: a package that only run.txt has is missing on every fresh clone."""
 
