@@ -6,15 +6,18 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181
 # Packages for exactly this interpreter: scripts/build.sh fills it from the lock.
 ARG WHEELS_IMAGE=wmtp-wheels:latest
 
+# The argument has the tag.
 # hadolint ignore=DL3006
 FROM ${WHEELS_IMAGE} AS wheels
 
+# The argument has tag and digest.
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS base
 # The minor version of the base's own Python: Ubuntu 24.04 and CUDA's images on it have 3.12.
 ARG PYTHON=3.12
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # A base that has all of it needs no package index. torch.compile calls the C compiler, with Python's headers (docs/adr/0006).
+# Versions are the base's, which is pinned by its digest.
 # hadolint ignore=DL3008
 RUN if ! { command -v tini "python${PYTHON}" update-ca-certificates gcc >/dev/null && [ -e "/usr/include/python${PYTHON}/Python.h" ]; }; then \
       apt-get update && \

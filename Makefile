@@ -133,11 +133,11 @@ test-image: $(STAMP) ##- image, registry, submit, deploy on real parts; as root 
 	@scripts/test_image.sh
 
 .PHONY: acceptance
-acceptance: $(STAMP) ## every criterion of the plan against what is built: bar, measured, state (ONLY= ENGINE=0|1)
+acceptance: $(STAMP) ## each criterion of the plan: bar, measured, state (ONLY= ENGINE=)
 	@scripts/acceptance.sh
 
 .PHONY: lint
-lint: $(STAMP) ##- ruff, mypy, shellcheck, shfmt, yamllint, mbake, hadolint, zizmor
+lint: $(STAMP) ##- ruff, mypy, shellcheck, shfmt, rumdl, yamllint, mbake, hadolint, zizmor
 	@scripts/lint.sh
 
 .PHONY: format

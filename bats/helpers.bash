@@ -1,5 +1,5 @@
 # Loaded by the suites of delivery. The suite has one bucket: scripts/bucket.sh run build/bats-bucket -- bats bats/
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 bats_require_minimum_version 1.5.0
 
 common_setup() {

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from loss import forget_peak, peak_mib  # type: ignore[import-not-found]
+from loss import forget_peak, peak_mib
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -212,7 +212,7 @@ def kernels(bench: Bench, step: Callable[[], None]) -> None:
             part = next((p for p, words in PARTS.items() if any(w in lower for w in words)), "the rest, elementwise")
             parts[part] += event.device_time / 1e6
             names[f"{event.name[:110]}`, {part}"] += event.device_time / 1e6
-    parts["no kernel"] = max(0.0, wall - parts.total())  # type: ignore[assignment]
+    parts["no kernel"] = max(0.0, wall - parts.total())
     bench.write("", f"One step under the profiler, {wall:.3f} s:", "")
     bench.table("part", "share")
     for part, spent in parts.most_common():
@@ -356,7 +356,7 @@ def optimizers(bench: Bench) -> None:
     bench.table("AdamW", "ms", "peak GiB")
     del training.optimizer
     for name in ("foreach", "fused"):
-        optimizer = torch.optim.AdamW(training.model.parameters(), **{name: True})  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(training.model.parameters(), **{name: True})
         training.model.zero_grad(set_to_none=True)
         training.gradients()
         bench.forget()

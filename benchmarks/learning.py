@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import interval, machine  # type: ignore[import-not-found]
+from pairs import interval, machine
 from torch import nn
 
 from wmtp.export import export_hf
@@ -36,7 +36,7 @@ from wmtp.model import ModelSpec, MTPModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "test_models"))
 
-from generate import tokenizer_file  # type: ignore[import-not-found]  # noqa: E402
+from generate import tokenizer_file
 
 SPEC = ModelSpec("hf", 4, 64, 2, 4, 4, 192, 32000)
 ALGORITHMS = {

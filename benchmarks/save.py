@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pairs import machine, ratio  # type: ignore[import-not-found]
+from pairs import machine, ratio
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -76,8 +76,8 @@ def main() -> None:
         for n in range(pairs + 1):
             rounds = [
                 ("none", timed(lambda: None)),
-                ("blocking", timed(lambda n=n: blocking(n))),  # type: ignore[misc]
-                ("beside", timed(lambda n=n: shelf.save(n + 1, model, optimizer, {}))),  # type: ignore[misc]
+                ("blocking", timed(lambda n=n: blocking(n))),
+                ("beside", timed(lambda n=n: shelf.save(n + 1, model, optimizer, {}))),
             ]
             shelf.settle()
             if n:  # the first of each makes buffers

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pairs import interleave, machine, ratio  # type: ignore[import-not-found]
+from pairs import interleave, machine, ratio
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"ENV_MODE": "minitest", "WMTP_ALGO": "baseline-mtp", "LAUNCHER": "local", "RUN_NAME": "start"}
@@ -80,7 +80,7 @@ def main() -> None:
             first[way].append(spans["first step"]["ended"] - began)
             phases[way].append({name: span["ended"] - span["began"] for name, span in spans.items()})
 
-        interleave({way: lambda way=way: start(way) for way in first}, arguments.pairs)  # type: ignore[misc]
+        interleave({way: lambda way=way: start(way) for way in first}, arguments.pairs)
         proxy.kill()
     told = ["sync", "vocabularies", "imports", "ranks", "data", "models", "load", "first step"]
     print("| way | start to first step, s | " + " | ".join(told) + " |")

@@ -29,21 +29,21 @@ from torch.nn.functional import cross_entropy
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from pairs import interval, machine  # noqa: E402
-from test_objective import markov_weights  # type: ignore[import-not-found]  # noqa: E402
+from pairs import interval, machine
+from test_objective import markov_weights
 
-from wmtp.checkpoint import Checkpoints  # noqa: E402
-from wmtp.config import Storage, load_pair  # noqa: E402
-from wmtp.data import Batches, Rows, pack  # noqa: E402
-from wmtp.heatmap import token_weights  # noqa: E402
-from wmtp.model import ModelSpec, MTPModel  # noqa: E402
-from wmtp.objective import align_next  # noqa: E402
-from wmtp.optim import adamw, learning_rate  # noqa: E402
-from wmtp.outcome import Stop  # noqa: E402
-from wmtp.pretrain import pretrain_value_head  # noqa: E402
-from wmtp.ranks import Place  # noqa: E402
-from wmtp.scoring import zscored  # noqa: E402
-from wmtp.step import Weighting, clip, micro_of, share_of, train_step  # noqa: E402
+from wmtp.checkpoint import Checkpoints
+from wmtp.config import Storage, load_pair
+from wmtp.data import Batches, Rows, pack
+from wmtp.heatmap import token_weights
+from wmtp.model import ModelSpec, MTPModel
+from wmtp.objective import align_next
+from wmtp.optim import adamw, learning_rate
+from wmtp.outcome import Stop
+from wmtp.pretrain import pretrain_value_head
+from wmtp.ranks import Place
+from wmtp.scoring import zscored
+from wmtp.step import Weighting, clip, micro_of, share_of, train_step
 
 PLACE = Place(torch.device("cpu"))
 SIGNAL, NOISE, FIRST = 32, 32, 3

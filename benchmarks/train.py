@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pairs import interleave, machine, ratio  # type: ignore[import-not-found]
+from pairs import interleave, machine, ratio
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
@@ -179,7 +179,7 @@ def compare(length: int, pairs: int, place: Place) -> None:
 
 def part_of(event: object) -> str:
     """What an operation is for, from its name, its shapes and what called it."""
-    name, shapes = event.name, str(getattr(event, "input_shapes", ""))  # type: ignore[attr-defined]
+    name, shapes = event.name, str(getattr(event, "input_shapes", ""))
     above, chain = event, name
     while above := getattr(above, "cpu_parent", None):
         chain += " < " + above.name

@@ -93,7 +93,7 @@ begin_training() {
   mkdir "$first"
   export WMTP_SYNC_FIRST=$first
   # It waits without a child of its own, so that a signal finds it until the trainer has its place.
-  # shellcheck disable=SC2016
+  # shellcheck disable=SC2016  # the inner shell expands it
   "${tied[@]}" bash -c 'exec 9<> <(:); until [[ -e $2 ]] || ((SECONDS >= $1)); do read -rt 0.1 -u 9 || true; done
     exec 9>&-; shift 2; export WMTP_LAUNCHED=$(date +%s.%N); exec "$@"' early "$EARLY" "$here" "${command[@]}" <&0 &
   early=$!

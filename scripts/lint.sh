@@ -26,10 +26,13 @@ main() {
     check ruff ruff check -q --fix .
     check 'ruff format' ruff format -q .
     check shfmt shfmt -i 2 -ci -w "${shell[@]}"
+    check rumdl rumdl fmt -q --no-cache .
   else
     check ruff ruff check -q .
     check 'ruff format' ruff format -q --check .
     check shfmt shfmt -i 2 -ci -d "${shell[@]}"
+    # Markdown, its links and anchors within the repository included.
+    check rumdl rumdl check -q --no-cache .
   fi
   check mypy mypy --no-error-summary
   check shellcheck shellcheck -x -P SCRIPTDIR "${shell[@]}"

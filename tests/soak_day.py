@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from soak_sync import (  # type: ignore[import-not-found]  # beside this file
+from soak_sync import (
     BOUND_S,
     MARK,
     ROOT,

@@ -430,7 +430,7 @@ def main() -> int:
         os.environ["TMPDIR"] = str(folder / "tmp")  # what is killed leaves its temporary folder
         draw, token = random.Random(args.seed), f"soak-{uuid.uuid4().hex[:8]}"
         if args.day:
-            from soak_day import Day  # type: ignore[import-not-found]
+            from soak_day import Day
 
             say(f"day: {args.day} operations, seed {args.seed}")
             day = Day(folder, draw, token)
@@ -442,6 +442,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from soak_sync import main as this  # type: ignore[import-not-found]  # the module that soak_day knows: one MARK
+    from soak_sync import main as this  # the module that soak_day knows: one MARK
 
     sys.exit(this())

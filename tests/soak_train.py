@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import ROOT, Run  # type: ignore[import-not-found]
+from runs import ROOT, Run
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

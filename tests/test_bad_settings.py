@@ -16,7 +16,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from ruamel.yaml import YAML
-from test_config import (  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from test_config import (
     BASELINE,
     CONFIGS,
     CRITIC,

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plants  # type: ignore[import-not-found]  # beside this file; pytest finds it
+import plants
 import pytest
 import torch
-from runs import ROOT, Run  # type: ignore[import-not-found]
+from runs import ROOT, Run
 
 from wmtp import causes
 from wmtp.bucket import BucketError
@@ -37,7 +37,7 @@ from wmtp.vocab import VocabError
 @pytest.fixture(scope="module")
 def app_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     app = tmp_path_factory.mktemp("app")
-    command = [sys.executable, ROOT / "tests/test_models/generate.py", "--out", app / "models"]
+    command: list[str | Path] = [sys.executable, ROOT / "tests/test_models/generate.py", "--out", app / "models"]
     subprocess.run(command, check=True, cwd=ROOT)
     (app / "mlruns_test").mkdir()  # a new store takes seconds
     return app
@@ -68,6 +68,7 @@ def ended(
     if term:
         run.until("Step 2/")
         for rank in run.ranks:
+            assert rank.pid
             os.kill(rank.pid, signal.SIGTERM)
     assert run.wait() == code, run.log()
     shutil.copyfile(app / "r-0.log", folder / "log.txt")
@@ -445,7 +446,8 @@ def test_the_bundle_holds_the_record_without_secrets(tmp_path: Path) -> None:
     more, last = done.stdout.splitlines()[-2:]
     assert more == "more: docs/failures/bug.md" and last.startswith("next: ") and not done.stderr
     with tarfile.open(folder / "bundle.tar.gz") as archive:
-        held = {name.removeprefix("r/"): archive.extractfile(name).read().decode() for name in archive.getnames()}  # type: ignore[union-attr]
+        files = {name.removeprefix("r/"): archive.extractfile(name) for name in archive.getnames()}
+        held = {name: file.read().decode() for name, file in files.items() if file}
     assert set(held) == {
         *("log.txt", "node.jsonl", "facts.json", "exit.json", "failure.json", "failure.md", "flight-rank-1.log")
     }

@@ -217,7 +217,7 @@ def test_a_clean_up_in_between_is_nothing_where_another_kept_the_same(
 def test_another_tokenizer_makes_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (part,) = parts_of(source(tmp_path / "one", "a"))
     tokens_of(part, tokenizer, tmp_path / "shelf")
-    tokenizer.digest = lambda: "another"  # type: ignore[method-assign]
+    tokenizer.digest = lambda: "another"  # type: ignore[method-assign]  # of this instance alone
     tokens_of(part, tokenizer, tmp_path / "shelf")
     assert len(list((tmp_path / "shelf").iterdir())) == 2
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
-from test_step import (  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from runs import spread
+from test_step import (
     CPU,
     LENGTH,
     SPEC,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import server  # type: ignore[import-not-found]  # beside this file
-from test_model import KINDS, SMALL, lively, written  # type: ignore[import-not-found]  # beside this file
-from test_weights import write_hf, write_meta  # type: ignore[import-not-found]  # beside this file
+from runs import server
+from test_model import KINDS, SMALL, lively, written
+from test_weights import write_hf, write_meta
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wmtp import export as export_module

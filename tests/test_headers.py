@@ -8,11 +8,12 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import written  # type: ignore[import-not-found]  # beside this file
+from test_model import written
 
 from wmtp import headers, twin
 from wmtp.bucket import BucketError, client_of
@@ -225,26 +226,26 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def client(prefix: str) -> object:
+def client(prefix: str) -> Any:
     return client_of(os.environ["S3_ENDPOINT_URL"], "eu-north-1")
 
 
-def published(client: object, folder: Path, name: str, manifest: bool = True) -> None:
+def published(client: Any, folder: Path, name: str, manifest: bool = True) -> None:
     if manifest:
         (folder / MANIFEST).unlink(missing_ok=True)
         (folder / MANIFEST).write_text(json.dumps(create(folder, name)))
     for file in folder.iterdir():
         key = f"models/{name}/{file.name}"
-        client.put_object(Bucket=os.environ["S3_BUCKET_NAME"], Key=key, Body=file.read_bytes())  # type: ignore[attr-defined]
+        client.put_object(Bucket=os.environ["S3_BUCKET_NAME"], Key=key, Body=file.read_bytes())
 
 
-def in_bucket(client: object, name: str, into: Path) -> Bucket:
+def in_bucket(client: Any, name: str, into: Path) -> Bucket:
     return Bucket(client, os.environ["S3_BUCKET_NAME"], name, into / uuid.uuid4().hex)
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["published so", "spoilt later"])
 @pytest.mark.parametrize("fault", ["truncated shard", "missing shard", "renamed tensor", "wrong dtype", "2001 rows"])
-def test_a_fault_in_the_bucket_is_found(client: object, model: Path, tmp_path: Path, fault: str, again: bool) -> None:
+def test_a_fault_in_the_bucket_is_found(client: Any, model: Path, tmp_path: Path, fault: str, again: bool) -> None:
     name = f"hdr-{uuid.uuid4().hex}"
     published(client, model, name)
     size = sum(p.stat().st_size for p in model.iterdir())
@@ -255,7 +256,7 @@ def test_a_fault_in_the_bucket_is_found(client: object, model: Path, tmp_path: P
     FAULTS[fault][0](model)
     for gone in before - {p.name for p in model.iterdir()}:
         key = f"models/{name}/{gone}"
-        client.delete_object(Bucket=os.environ["S3_BUCKET_NAME"], Key=key)  # type: ignore[attr-defined]
+        client.delete_object(Bucket=os.environ["S3_BUCKET_NAME"], Key=key)
     published(client, model, name, manifest=again)
     with pytest.raises(ModelError) as found:
         next(headers.check(in_bucket(client, name, tmp_path), "base"))
@@ -266,7 +267,7 @@ def test_a_fault_in_the_bucket_is_found(client: object, model: Path, tmp_path: P
         assert "not as published" in told or FAULTS[fault][1] in told
 
 
-def test_what_is_not_published_or_does_not_answer(client: object, tmp_path: Path, model: Path) -> None:
+def test_what_is_not_published_or_does_not_answer(client: Any, tmp_path: Path, model: Path) -> None:
     with pytest.raises(ModelError, match=r"no manifest\.json"):
         next(headers.check(in_bucket(client, f"never-{uuid.uuid4().hex}", tmp_path), "base"))
     dead = client_of("http://127.0.0.1:9", "eu-north-1")
@@ -276,7 +277,7 @@ def test_what_is_not_published_or_does_not_answer(client: object, tmp_path: Path
         Bucket(client, "no-such-bucket", "x", tmp_path)
 
 
-def test_a_swapped_tokenizer_is_not_what_was_published(client: object, model: Path, tmp_path: Path) -> None:
+def test_a_swapped_tokenizer_is_not_what_was_published(client: Any, model: Path, tmp_path: Path) -> None:
     name = f"hdr-{uuid.uuid4().hex}"
     published(client, model, name)
     file = model / "tokenizer.model"

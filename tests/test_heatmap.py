@@ -54,7 +54,7 @@ def test_a_token_weighs_the_mean_over_the_heads_that_predict_it() -> None:
 @pytest.mark.parametrize("text", ["plain\ncode  here\n", "é 漢字\n\n# x", "", "🙂\n" * 3])
 def test_shown_texts_join_to_the_text(text: str) -> None:
     ids = list(text.encode())
-    shown = shown_texts(ids, Bytes())  # type: ignore[arg-type]
+    shown = shown_texts(ids, Bytes())  # type: ignore[arg-type]  # all that it asks of one
     assert len(shown) == len(ids) and "".join(shown) == text
     assert "\ufffd" not in "".join(shown)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__)
+ROOT = HERE.parent.parent
 
 
 @pytest.mark.parametrize(
@@ -85,3 +87,46 @@ def test_a_script_stays_within_150_lines() -> None:
     scripts = [*(ROOT / "scripts").rglob("*.*sh"), *(ROOT / "docker").glob("*.sh")]
     assert scripts
     assert {s.name: n for s in scripts if (n := len(s.read_text().splitlines())) > 150} == {}
+
+
+SUPPRESSION = re.compile(
+    r"# (noqa(: ?[A-Z0-9, ]+)?|type: ignore(\[[a-z, -]+\])?|shellcheck .*disable=[\w,]+|hadolint ignore=[\w,]+"
+    r"|zizmor: ignore\[.+?\]|yamllint disable.*|pragma: no cover)"
+)
+
+
+def without_reason(lines: list[str]) -> list[str]:
+    """Lines that silence a linter and do not say why, behind it or in a comment right above."""
+    found = []
+    for above, line in zip(["", *lines], lines, strict=False):
+        if silenced := SUPPRESSION.search(line):
+            behind = SUPPRESSION.sub("", line[silenced.end() :]).strip(" #-:")
+            said = above.lstrip().startswith("# ") and not SUPPRESSION.search(above)
+            if not behind and not said:
+                found.append(line.strip())
+    return found
+
+
+def test_what_silences_a_linter_says_why() -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout.split()
+    kinds = (".py", ".sh", ".bash", ".bats", ".yaml", ".yml", ".toml", "Dockerfile")
+    paths = [path for name in names if name.endswith(kinds) and (path := ROOT / name).is_file() and path != HERE]
+    found = {path.relative_to(ROOT).as_posix(): without_reason(path.read_text().splitlines()) for path in paths}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (["import x  # noqa: F401"], 1),
+        (["import x  # noqa: F401 - it registers itself"], 0),
+        (["x = 1  # type: ignore[misc]  # noqa: E501"], 1),
+        (["x = 1  # type: ignore[misc]  # put back below"], 0),
+        (["", "# shellcheck disable=SC2016"], 1),
+        (["# shellcheck shell=bash disable=SC2034,SC2153  # read by who sources it"], 0),
+        (["# The argument has the tag.", "# hadolint ignore=DL3006", "FROM ${X}"], 0),
+        (["# hadolint ignore=DL3006", "# hadolint ignore=DL3007"], 2),
+    ],
+)
+def test_a_reason_is_known_when_it_is_there(lines: list[str], found: int) -> None:
+    assert len(without_reason(lines)) == found

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-import licences  # type: ignore[import-not-found]  # beside this file; pytest finds it
+import licences
 import pytest
 
 PAGE = (Path(__file__).parent.parent / "docs/licences.md").read_text()

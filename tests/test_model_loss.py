@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from runs import spread
 from safetensors.torch import load_file
-from test_model import SMALL, lively, oracle_labels  # type: ignore[import-not-found]  # beside this file
+from test_model import SMALL, lively, oracle_labels
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -7,13 +7,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import oracle  # type: ignore[import-not-found]  # beside this file; pytest finds it
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from runs import spread
 from torch import Tensor
 
 from wmtp import objective as o

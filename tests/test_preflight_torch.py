@@ -9,6 +9,7 @@ import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +184,11 @@ def source(folder: Path, texts: list[str]) -> str:
     return f"file://{folder}"
 
 
+def folder_of(model: Model) -> Path:
+    assert model.source
+    return model.source.small()
+
+
 def with_data(config: settings.Config, uris: dict[str, str], target: str = "local") -> settings.Config:
     """The same with other sources, on this machine: the cluster has the image's alone."""
     paths = config.paths.model_copy(update={"datasets": uris})
@@ -190,7 +196,7 @@ def with_data(config: settings.Config, uris: dict[str, str], target: str = "loca
 
 
 def data_of(tmp_path: Path, train: list[str], held: list[str], verbose: bool = False, *sets: str) -> dict[str, Finding]:
-    tokenizer = preflight_torch.load_tokenizer(model_of(tmp_path / "t", TEXTS).source.small())  # type: ignore[union-attr]
+    tokenizer = preflight_torch.load_tokenizer(folder_of(model_of(tmp_path / "t", TEXTS)))
     config, recipe = pair(BASELINE, "data.train.max_length=64", *sets)
     uris = {"wmtp_code": source(tmp_path / "train", train), "mbpp_tiny": source(tmp_path / "held", held)}
     config = with_data(config, uris)
@@ -213,7 +219,7 @@ def test_layouts_what_is_passed_over_and_the_split_are_told(tmp_path: Path) -> N
     problem = {"description": "Add.", "solutions": {"language": [2], "solution": ["int main() {}"]}}
     rows = [problem, *({"prompt": t, "solution": "pass"} for t in TEXTS)]
     (tmp_path / "train" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = preflight_torch.load_tokenizer(model_of(tmp_path / "t", TEXTS).source.small())  # type: ignore[union-attr]
+    tokenizer = preflight_torch.load_tokenizer(folder_of(model_of(tmp_path / "t", TEXTS)))
     config, recipe = pair(BASELINE, "data.eval.sources=[]", "data.eval.share=0.25")
     config = with_data(config, {"wmtp_code": f"file://{tmp_path}/train"})
     found = {f.subject: f for f in preflight_torch.check_data(config, recipe, tokenizer, False, OFFLINE)}
@@ -332,7 +338,7 @@ def memory_of(monkeypatch: pytest.MonkeyPatch, gib: int, most: float, *sets: str
     config, recipe = pair(BASELINE, f"launcher.resources.gpu_memory_gb={gib}", *sets)
     models = {"base": Model("llama-7b-mtp", None, SPEC, "configs/shapes/llama-7b-mtp", "--offline")}
     asked = ({"base": SPEC}, Known([Peak("loading", {"weights": GIB}), Peak("step", {"weights": int(most * GIB)})]))
-    (finding,) = preflight_torch.check_memory(config, recipe, models, asked)  # type: ignore[arg-type]
+    (finding,) = preflight_torch.check_memory(config, recipe, models, asked)  # type: ignore[arg-type]  # Known is a future
     return finding
 
 
@@ -367,11 +373,11 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.verdict == NOT and "models 27.0 GB to sync, 4 checkpoints of 80.9 GB" in finding.detail
     monkeypatch.setenv("WMTP_APP_ROOT", str(tmp_path))
     local = config.model_copy(update={"launcher": config.launcher.model_copy(update={"target": "local"})})
-    usage = type("Usage", (), {"free": 10**9})
+    usage = SimpleNamespace(free=10**9)
     monkeypatch.setattr(preflight_torch.shutil, "disk_usage", lambda _: usage)
     finding = preflight_torch.check_disk(local, recipe, models)
     assert finding.verdict == FAIL and "1.0 GB free" in finding.detail
-    usage.free = 10**12  # type: ignore[attr-defined]
+    usage.free = 10**12
     assert preflight_torch.check_disk(local, recipe, models).verdict == OK
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import spread  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from runs import spread
 
 from wmtp.ranks import Place
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import ROOT  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from runs import ROOT
 
 from wmtp.config import load_pair
 from wmtp.outcome import BadInput

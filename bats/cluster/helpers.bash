@@ -1,5 +1,5 @@
 # Loaded by the suites of the launchers: a tree of its own, the real client, a stub of VESSL's API.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 bats_require_minimum_version 1.5.0
 
 # once a file: the client is installed into the checkout on first use, as for a user.

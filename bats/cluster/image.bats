@@ -47,7 +47,7 @@ assert (path_type, resolved) == ('file', '/app/models/test')
 import torch, transformers, mlflow, awscli; print(torch.__version__)"
   run -0 in_image "$built" bash -c '"$WMTP_S5CMD" version && aws --version && command -v awk flock setpriv df'
   run -1 in_image "$built" bash -c 'command -v g++ make git curl'
-  # shellcheck disable=SC2016
+  # shellcheck disable=SC2016  # the inner shell expands it
   run -0 in_image "$built" bash -c 'cd /tmp && echo "#include <Python.h>" >a.c &&
     gcc -shared -fPIC -I"$(python -c "import sysconfig; print(sysconfig.get_path(\"include\"))")" a.c -o a.so &&
     python -c "from wmtp.model import no_compiler; assert no_compiler(\"cuda\") is None"'

@@ -1,5 +1,5 @@
 # What is judged before the first byte of a model moves. Sourced by sync_models.sh only.
-# shellcheck shell=bash disable=SC2034,SC2153,SC2154
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154  # what it sets and reads is shared with the script that sources it
 
 # Every manifest is asked for at once; one that does not come is asked for again by the client that can say why.
 read_manifests() {

@@ -1,6 +1,6 @@
 # One publisher a name: an object that only one can put, and the puts that hold only on a condition. Sourced by
 # publish_models.sh only.
-# shellcheck shell=bash disable=SC2034,SC2119,SC2120,SC2153,SC2154
+# shellcheck shell=bash disable=SC2034,SC2119,SC2120,SC2153,SC2154  # what it sets and reads is shared with the script that sources it, arguments too
 
 CLAIMED='' STRAYS=0
 

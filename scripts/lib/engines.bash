@@ -1,5 +1,5 @@
 # Engines, registry and base image for the image test alone. Sourced by test_image.sh only.
-# shellcheck shell=bash disable=SC2016,SC2153,SC2154
+# shellcheck shell=bash disable=SC2016,SC2153,SC2154  # what it sets and reads is shared with the script that sources it; another program expands
 
 install_missing() {
   local pair

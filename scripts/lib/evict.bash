@@ -1,5 +1,5 @@
 # Where the store is, and how versions that nobody uses leave it. Sourced by sync_models.sh and cache.sh; uses MODELS.
-# shellcheck shell=bash disable=SC2153,SC2154
+# shellcheck shell=bash disable=SC2153,SC2154  # what it reads is set by the script that sources it
 
 # choose_store CACHE: STORE, and why it is not the cache.
 choose_store() {

@@ -1,5 +1,5 @@
 # Deploy's last stages: follow and report. Sourced by deploy.sh only.
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2154  # what it reads is set by the script that sources it
 
 # follow: until the tenth step (or the last, where there are fewer), or the first failure.
 follow() {

@@ -1,5 +1,5 @@
 # A run's state and log, asked for again and again. To be sourced after run.bash.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
 # The log as it grows: fresh_lines puts what is new since the last call into the array FRESH; 1 when the service did not
 # answer, which a follower bears a few times.

@@ -1,5 +1,5 @@
 # The image by its names, and long commands with a sign of life. To be sourced after common.bash and settings.bash.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
 # image_names: REPOSITORY, TAG, LATEST (empty where the tree has what no commit has) and IMAGE_DIR, from the configuration.
 # Needs choose_settings and overrides.

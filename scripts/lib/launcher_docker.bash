@@ -1,6 +1,6 @@
 # This machine's own engine and GPUs, for those with a workstation: a run is a container of the run's name. To be sourced by
 # run.bash.
-# shellcheck shell=bash disable=SC2034,SC2153
+# shellcheck shell=bash disable=SC2034,SC2153  # what it sets and reads is shared with the script that sources it
 
 SAID=''
 

@@ -1,5 +1,5 @@
 # VESSL through its own client (design: only a printed run address proves a creation). To be sourced by run.bash.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
 CLIENT_HOME='' SAID=''
 # Not by its first line, which names the folder that it was installed in.

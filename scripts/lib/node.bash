@@ -1,5 +1,5 @@
 # What a node checks of itself, the clock of its hours, the record of its phases, and its last words. Sourced by docker/vessl_startup.sh only.
-# shellcheck shell=bash disable=SC2034,SC2154
+# shellcheck shell=bash disable=SC2034,SC2154  # what it sets and reads is shared with the script that sources it
 
 # shellcheck source=scripts/lib/bundle.bash
 source "$(dirname "${BASH_SOURCE[0]}")/bundle.bash"
@@ -20,7 +20,7 @@ keep_record() {
     exec 2> >(trap '' TERM INT HUP && exec tee -a "$here/log.txt" >&2)
     tee_is=$!
   fi
-  # shellcheck disable=SC2016
+  # shellcheck disable=SC2016  # the inner shell expands it
   "${tied[@]}" bash -c 'exec 9<> <(:); while : >"$1"; do read -rt 0.5 -u 9 || true; done' alive "$here/.alive" \
     >/dev/null 2>&1 </dev/null &
   trap 'end_record $?' EXIT
@@ -83,7 +83,7 @@ limit_hours() {
   # A run that hangs does not save either: after the grace its processes are killed, the last checkpoint stays.
   trap 'hung=1; if ((child)); then kill -KILL "$child" 2>/dev/null || true; fi' USR2
   # It dies with this script, and waits without a child of its own, which could stay behind.
-  # shellcheck disable=SC2016
+  # shellcheck disable=SC2016  # the inner shell expands it
   "${tied[@]}" bash -c 'exec 9<> <(:); read -rt "$1" -u 9; kill -USR1 "$2"; read -rt "$3" -u 9; kill -USR2 "$2"' \
     clock "$seconds" $$ "${WMTP_GRACE_S:-1200}" \
     >/dev/null 2>&1 </dev/null &

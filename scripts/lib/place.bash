@@ -1,5 +1,5 @@
 # One item of a sync into the store and under its name: lock, look, fetch, rename, link. Sourced by sync_models.sh only.
-# shellcheck shell=bash disable=SC2034,SC2153,SC2154
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154  # what it sets and reads is shared with the script that sources it
 
 # A hit costs marker, sizes and times; what was touched since is hashed; what is damaged goes back to staging.
 in_store() {

@@ -1,6 +1,6 @@
 # What the bucket has under one name, and what there is to do. Sourced by publish_models.sh only, whose are the
 # variables that name the folder and its place.
-# shellcheck shell=bash disable=SC2034,SC2153,SC2154
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154  # what it sets and reads is shared with the script that sources it
 
 prove() { proving wmtp.publish "$1" "$WORK" "$FROM/$NAME" "$PREFIX" --part-mb "$PART_MB" "${@:2}"; }
 

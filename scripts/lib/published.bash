@@ -1,5 +1,5 @@
 # What is published in the bucket: one listing and the manifests that it names. Sourced by models.sh and verify_models.sh.
-# shellcheck shell=bash disable=SC2016,SC2154
+# shellcheck shell=bash disable=SC2016,SC2154  # what it sets and reads is shared with the script that sources it; another program expands
 
 # list_published FILE: all objects of models/ and datasets/, the client's JSON lines.
 list_published() {

@@ -1,6 +1,6 @@
 # Where the record of a run is: this machine's own folder, or the mirror beside its checkpoints in the bucket. To be sourced
 # after common.bash, settings.bash, store.bash, in ROOT. `own` is the stage's: it makes the folder TEMP and minds its end.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
 RECORD='' KIND='' BUCKET=0 PAGE=()
 

@@ -1,7 +1,7 @@
 # One run by its name: its folder, its number, created once. To be sourced after common.bash, settings.bash.
 # A launcher is a file launcher_NAME.bash with launcher_open, launcher_check, launcher_runs, launcher_create, launcher_read,
 # launcher_logs, launcher_stop: what a stage says to a cluster goes through these.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
 NUMBER='' NAME='' RUN_DIR='' CREATED=''
 

@@ -1,5 +1,5 @@
 # Scorers whose verdicts are kept are not needed: a second critic run fetches half. Sourced by sync_models.sh only.
-# shellcheck shell=bash disable=SC2034,SC2153,SC2154
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154  # what it sets and reads is shared with the script that sources it
 
 # scores_kept NAME: whether scores of this name are on this disk or in the bucket, whole.
 scores_kept() {

@@ -1,6 +1,6 @@
 # Tries at what the bucket lacks, with progress and a watchdog. Sourced by publish_models.sh only, whose are the variables
 # that name the folder and its place.
-# shellcheck shell=bash disable=SC2034,SC2153,SC2154
+# shellcheck shell=bash disable=SC2034,SC2153,SC2154  # what it sets and reads is shared with the script that sources it
 
 MOVED=0 SENT=0
 

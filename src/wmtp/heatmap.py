@@ -67,7 +67,8 @@ def colour(weight: float, least: float, most: float) -> tuple[int, int, int]:
         return 225, 225, 225
     end, reach = (LOW, 1 - least) if weight < 1 else (HIGH, most - 1)
     share = min(1.0, abs(weight - 1) / reach) if reach > 0 else 0.0
-    return tuple(round(255 + (c - 255) * share) for c in end)  # type: ignore[return-value]
+    red, green, blue = (round(255 + (c - 255) * share) for c in end)
+    return red, green, blue
 
 
 def scale_of(examples: Sequence[Example]) -> tuple[float, float]:

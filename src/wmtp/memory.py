@@ -84,12 +84,12 @@ class LiveBytes(TorchDispatchMode):
                 mode._add(*entry)
             return done
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]  # put back below
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # as it was
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -274,11 +274,11 @@ def _marked_backward(live: LiveBytes) -> Iterator[None]:
         finally:
             live.kind = before
 
-    Tensor.backward = backward  # type: ignore[method-assign]
+    Tensor.backward = backward  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:
-        Tensor.backward = whole  # type: ignore[method-assign]
+        Tensor.backward = whole  # type: ignore[method-assign]  # as it was
 
 
 def reading_peak(config: Config, spec: ModelSpec, rows: int, length: int, reward: bool = False) -> Peak:

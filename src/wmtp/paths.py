@@ -87,7 +87,7 @@ class PathResolver:
     def _moved(path: str) -> str:
         root = os.environ.get("WMTP_APP_ROOT")
         if root and under_app(path):
-            return posixpath.normpath(os.path.abspath(root) + path.removeprefix(APP))  # noqa: PTH100
+            return posixpath.normpath(os.path.abspath(root) + path.removeprefix(APP))  # noqa: PTH100 - joined as text
         return path
 
 

@@ -310,7 +310,7 @@ def score_rewards(
     documents = {name: judged_documents(corpus, tokenizer, template, most) for name, corpus in sets.items()}
     # Like lengths together: less padding. The order is a function of the documents alone.
     orders = {
-        name: sorted(range(len(some)), key=lambda i, some=some: (len(some[i].ids), i))  # type: ignore[misc]
+        name: sorted(range(len(some)), key=[len(one.ids) for one in some].__getitem__)
         for name, some in documents.items()
     }
 
