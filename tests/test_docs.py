@@ -60,7 +60,7 @@ def unknown_keys(text: str) -> list[str]:
     sections = "|".join([*config.names_of(config.Config), *config.names_of(config.Recipe)])
     found = re.findall(rf"(?<![\w./-])((?:{sections})(?:\.[a-z_0-9]+)+)(?=[=:\s]|$)", "\n".join(commands(text)))
     known = {".".join(key.split(".")[:n]) for key in KEYS for n in range(1, 5)}
-    other = re.compile(r"paths\.datasets\.|.*\.(bin|db|json|md|model|pt|py|safetensors|yaml)$")
+    other = re.compile(r"paths\.datasets\.|.*\.(bin|db|json|md|model|pt|py|safetensors|txt|yaml)$")
     return [key for key in found if key not in known and not other.match(key)]
 
 
