@@ -45,7 +45,8 @@ end_record() {
 # leave CODE [WHAT [RULE]]: the last line says what to do.
 leave() {
   local next
-  if [[ -n ${early:-} ]]; then kill -KILL "$early" 2>/dev/null || true; fi
+  # Waited for, or bash tells of the kill with the whole command, right above the last words.
+  if [[ -n ${early:-} ]]; then { kill -KILL "$early" && wait "$early"; } 2>/dev/null || true; fi
   if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}" 'a run ends with its hours, saved'; fi
   case $1 in
     2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
