@@ -24,15 +24,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pairs import machine  # type: ignore[import-not-found]
+from pairs import machine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from runs import Run  # type: ignore[import-not-found]  # noqa: E402  after its folder is in the path
+from runs import Run
 
-from wmtp import mlstore  # noqa: E402
-from wmtp.config import Storage  # noqa: E402
-from wmtp.remote import Remote  # noqa: E402
+from wmtp import mlstore
+from wmtp.config import Storage
+from wmtp.remote import Remote
 
 SETS = (
     "log_interval=1", "paths.checkpoints.save_interval=10", "paths.checkpoints.save_final=false",

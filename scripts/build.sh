@@ -48,7 +48,7 @@ build() {
   local source lock created
   source=$(git remote get-url origin 2>/dev/null | sed -E 's#//[^@/]*@#//#; s#^git@([^:]+):#https://\1/#; s#\.git$##') || source=''
   [[ $source == http* ]] || source=unknown
-  lock=sha256:$(cat requirements/run.txt requirements/torch.txt | sha256sum | cut -c1-64)
+  lock=sha256:$(cat requirements/{run,torch,cuda}.txt | sha256sum | cut -c1-64)
   created=$(TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd)
   local -a command=(docker build --network=host --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "PYTHON=$IMAGE_PYTHON"
     --build-arg "WHEELS_IMAGE=$WHEELS" --build-arg "WMTP_REVISION=$(git rev-parse HEAD)${1:+-dirty}"

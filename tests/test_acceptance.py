@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import acceptance  # type: ignore[import-not-found]  # beside this file; pytest finds it
+import acceptance
 import pytest
-from break_acceptance import BREAKAGES, Breakage, broken  # type: ignore[import-not-found]
+from break_acceptance import BREAKAGES, Breakage, broken
 
 from wmtp import config
 
