@@ -18,13 +18,13 @@ from wmtp.record import Part, lines, parts_of, read_json
 # Kind, what it is to a reader, the phases of `phases.jsonl` that are it. A moment has the first that covers it.
 KINDS = (
     ("redone", "steps that a kill took back", ()),
+    ("first step", "compilation, caches: the first step of a part", ("first step",)),
     ("training", "steps that count", ()),
     ("saving", "checkpoints, as far as steps wait for them", ("save",)),
     ("evaluation", "held-out loss", ("held out",)),
     ("pretraining", "stage 1 of the critic", ("pretrain",)),
     ("scoring", "reference or reward model over the data", ("scores",)),
     ("load", "model, optimizer, checkpoint into memory", ("load",)),
-    ("first step", "compilation, caches: the first step of a part", ("first step",)),
     ("end", "last evaluation, export, last upload", ("end",)),
     ("data", "read and tokenized", ("data",)),
     ("sync", "models from the bucket", ("sync",)),
