@@ -12,8 +12,10 @@ $(call refuse,ENV,$(ENVS))
 $(call refuse,ALGO,$(ALGOS))
 $(call refuse,LAUNCHER,$(LAUNCHERS))
 
-# Only what the caller set travels on: each script knows its own defaults.
-export ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID RUNS NOTES STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
+# Only what the caller set travels on: each script knows its own defaults, and make exports what is not set as empty.
+set = $(filter-out undefined default,$(origin $(1)))
+VARIABLES := ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID RUNS NOTES STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
+$(foreach name,$(VARIABLES),$(if $(call set,$(name)),$(eval export $(name))))
 
 # By content, not by time: a checkout's files may be older than an environment that lacks what they ask for.
 STAMP := .venv/.installed-$(shell cat requirements/*.txt pyproject.toml scripts/install.sh | cksum | tr ' ' -)
@@ -54,7 +56,7 @@ check-vocab: $(STAMP) ##- one vocabulary in all models of the run (CONFIG= RECIP
 
 .PHONY: publish-models
 publish-models: $(STAMP) ## models to the bucket (FROM=dir NAMES= AS=datasets FORCE=1)
-	@scripts/publish_models.sh --from "$(FROM)" $(if $(AS),--as "$(AS)") $(if $(filter 1,$(FORCE)),--force) $(NAMES)
+	@scripts/publish_models.sh --from "$(FROM)" $(if $(call set,AS),--as "$(AS)") $(if $(filter 1,$(FORCE)),--force) $(NAMES)
 
 .PHONY: models
 models: $(STAMP) ## what is published: files, bytes, digest

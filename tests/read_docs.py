@@ -6,8 +6,8 @@ In a block, a line that begins with `$ ` is a command, `> ` goes on with it, the
 hashes and spaces may differ; a line of `…` stands for any lines, `…` at the end of a line for its rest. A command fails
 only where its output shows `make: ***`. `export NAME=…` gets the value that this machine has. A block after
 `<!-- cluster -->` is shown on real parts by `make test-image`, one after `<!-- not run: WHY -->` by nobody: both are
-counted. A command that was run before, in whichever file, is not run again. All of it happens in a clone with a bucket
-of its own; `--show` prints the outputs.
+counted. After `<!-- new shell -->` nothing is exported any more. A command that was run before, in whichever file, is
+not run again. All of it happens in a clone with a bucket of its own; `--show` prints the outputs.
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class Reader:
 
     def __init__(self, clone: Path) -> None:
         self.clone = clone
-        hidden = ("AWS_", "S3_", "WMTP_", "VIRTUAL_ENV", "MAKE", "MFLAGS", "ENV", "ALGO", "RUN_")
+        hidden = ("AWS_", "S3_", "PIP_", "WMTP_", "VIRTUAL_ENV", "MAKE", "MFLAGS", "ENV", "ALGO", "RUN_")
         self.bucket = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "S3_"))}
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         self.env |= {"CI": "true", "PYTHONPATH": str(clone / "src"), "COLUMNS": "80"}
+        self.fresh = dict(self.env)
         self.done: dict[str, tuple[int, list[str]]] = {}
 
     def export(self, text: str) -> None:
@@ -116,12 +117,21 @@ def main() -> int:
         clone = Path(folder) / "wmtp"
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         (clone / ".venv").symlink_to(ROOT / ".venv")
+        (clone / ".git/info/exclude").write_text(".venv\n")
+        if "install.sh" in subprocess.run(["make", "-n", "install"], cwd=clone, capture_output=True, text=True).stdout:
+            print(
+                "docs      FAIL  .venv is not that of what is committed; next: git commit, make install",
+                file=sys.stderr,
+            )
+            return 1
         reader = Reader(clone)
         for name in args.files:
             for command in commands_of((ROOT / name).read_text("utf-8")):
                 if command.mark.startswith(("cluster", "not run")):
                     elsewhere += 1
                     continue
+                if command.mark == "new shell":
+                    reader.env = dict(reader.fresh)
                 if command.text.startswith("export "):
                     reader.export(command.text)
                     continue

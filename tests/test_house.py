@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,36 @@ def test_what_a_run_needs_is_locked_alike_on_a_laptop() -> None:
     laptop, run = pins("dev.txt"), pins("run.txt")
     assert run.items() <= laptop.items()
     assert asked("run.in") <= run.keys() and asked("dev.in") <= laptop.keys()
+
+
+def test_make_hands_on_what_the_caller_set_and_nothing_else() -> None:
+    def shown(*given: str) -> list[str]:
+        text = "include Makefile\nshown:\n\t@env\n"
+        bare = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+        make = subprocess.run(
+            ["make", "-f", "-", "shown", *given],
+            cwd=ROOT,
+            env=bare,
+            input=text,
+            text=True,
+            capture_output=True,
+            check=True,
+        )
+        return [line for line in make.stdout.splitlines() if line.startswith(("ENV=", "ALGO=", "RUN_ID="))]
+
+    assert shown() == []
+    assert shown("ENV=test", "RUN_ID=a b") == ["ENV=test", "RUN_ID=a b"]
+
+
+def test_makes_own_variables_are_no_callers() -> None:
+    """`AS` is an assembler to make."""
+
+    def recipe(*given: str) -> str:
+        return subprocess.run(
+            ["make", "-n", "publish-models", "FROM=x", *given], cwd=ROOT, text=True, capture_output=True, check=True
+        ).stdout
+
+    assert "--as" not in recipe() and '--as "datasets"' in recipe("AS=datasets")
 
 
 def test_a_script_stays_within_150_lines() -> None:
