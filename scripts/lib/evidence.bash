@@ -28,8 +28,8 @@ evidence_vocab() {
   mkdir -p "$WMTP_APP_ROOT/models"
   cp -r tests/test_models/test-* "$WMTP_APP_ROOT/models/"
   "${check[@]}"
-  # The same models, one of them with another size.
-  sed -i 's/"vocab_size": 32000/"vocab_size": 32001/' "$WMTP_APP_ROOT/models/test-rm-llama/config.json"
+  # The same models, one of them with a size that only the expected one tells from right.
+  sed -i 's/"vocab_size": 32000/"vocab_size": 32064/' "$WMTP_APP_ROOT/models/test-rm-llama/config.json"
   expect "$AT/wrong.rc" "${check[@]}"
 }
 
