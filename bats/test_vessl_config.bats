@@ -46,6 +46,13 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   [[ $stderr == *mixed_precison* && $stderr == *seed* && $stderr != *Traceback* ]]
 }
 
+@test "test_vessl_config: the next command is the one that was called, its launcher and file too" {
+  sed "s/compute_backend: cuda/compute_backend: cpu/" "$repo/configs/config.vessl_minitest.yaml" >"$BATS_TEST_TMPDIR/a config.yaml"
+  export ENV=minitest ALGO=critic-wmtp LAUNCHER=vessl CONFIG="$BATS_TEST_TMPDIR/a config.yaml"
+  run -2 --separate-stderr dryrun
+  [[ $stderr == *"next  edit the file, then: make dryrun ENV=minitest ALGO=critic-wmtp LAUNCHER=vessl CONFIG='$CONFIG'"* ]]
+}
+
 @test "test_vessl_config: a path outside /app is a FAIL for the cluster" {
   ALGO=baseline-mtp SET=paths.models.base=file:///data/llama run -2 --separate-stderr dryrun
   [[ $stderr == *FAIL*/data/llama* && $stderr != *Traceback* ]]

@@ -18,6 +18,7 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,7 +170,9 @@ class Tree:
             return "correct this --set"
         if place.startswith("environment"):
             return f"set or unset {place.removeprefix('environment ')}"
-        call = "".join(f" {name}={os.environ[name]}" for name in ("ENV", "ALGO") if name in os.environ)
+        # As it was called: without its launcher, the same command is about another file.
+        names = ("ENV", "ALGO", "LAUNCHER", "CONFIG", "RECIPE")
+        call = "".join(f" {name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name))
         return f"edit the file, then: make dryrun{call}"
 
     def scalar(self, text: str, key: Key, mark: Mark, *, quoted: bool) -> object:
