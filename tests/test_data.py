@@ -347,3 +347,12 @@ def test_rows_take_little_more_than_the_tokens(tmp_path: Path, tokenizer: Tokeni
     rows = sets["train"].rows
     held = sum(part.nbytes for part in (rows.ids, rows.source, rows.begin, rows.first))
     assert rows.ids.itemsize == 2 and held / rows.tokens < 3
+
+
+def test_bad_data_of_a_synced_source_is_named_as_the_settings_name_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """It is read under the digest of its version, which nobody knows it by."""
+    folder = source(tmp_path / ("fc" * 32), "a")
+    (folder / "a.jsonl").write_text('{"prompt": "a", "solution": "s"}\n{"prompt": "cut\n')
+    data = Data.model_validate({"train": {"sources": ["code"]}})
+    with pytest.raises(DataError, match=r"^code/a\.jsonl:2: is not JSON"):
+        read_sets(data, {"code": folder}, tokenizer)

@@ -481,9 +481,16 @@ def read_sets(
     def tokens(names: Sequence[str], allowed: bool) -> list[Tokens]:
         found = []
         for name in names:
-            found.append(joined([tokens_of(part, tokenizer, shelf, threads, tell) for part in parts_of(folders[name])]))
-            if not len(found[-1].lengths):
-                raise no_record(folders[name], found[-1].counts)
+            folder = folders[name]
+            try:
+                found.append(joined([tokens_of(part, tokenizer, shelf, threads, tell) for part in parts_of(folder)]))
+                if not len(found[-1].lengths):
+                    raise no_record(folder, found[-1].counts)
+            except DataError as error:
+                if folder.name == name:
+                    raise
+                # A synced source is read under its digest, which nobody knows it by.
+                raise DataError(str(error).replace(str(folder), name)) from error
             refuse_evaluation(name, found[-1].counts, allowed)
         return found
 

@@ -419,7 +419,7 @@ def load_scores(
     judge: RewardModel | None = None
     if made:
         folder = local_path(uri, what)
-        say(f"score     {named[0]} is not kept: {folder.name} reads {sum(len(r) for r in rows.values())} rows")
+        say(f"score     {named[0]} is not kept: {Path(uri).name} reads {sum(len(r) for r in rows.values())} rows")
         spec, size = read_spec(folder), recipe.data.train.batch_size
         if scorer[0] == REFERENCE:
             with torch.device("meta"):
