@@ -428,6 +428,31 @@ def test_the_next_command(
             assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text() or command.split()[1] == "report"
 
 
+@pytest.mark.parametrize(("code", "kind"), [(2, "data"), (2, "configuration"), (14, "vocabulary")])
+def test_the_next_command_is_about_the_configuration_of_the_run(tmp_path: Path, code: int, kind: str) -> None:
+    """Without the launcher a mini-test's command reads the local configuration, which has no fault."""
+    ended = {"code": code, "step": 1, "cause": "x", "class": kind}
+    facts = {"env": "minitest", "algo": "rho1-wmtp", "launcher": "vessl"}
+    found = explain(record(tmp_path / "r", exit_json=ended, facts_json=facts), End(code, TRAINED))
+    assert found["next"].endswith(" ENV=minitest ALGO=rho1-wmtp LAUNCHER=vessl")
+
+
+@pytest.mark.parametrize(
+    ("evidence", "command"),
+    [
+        ("code/problems.jsonl:40: is not JSON", "make publish-models AS=datasets FROM=… NAMES=code-v2 FORCE=1"),
+        ("/app/datasets/mine/problems.jsonl:40: is not JSON", "make dryrun ENV=production ALGO=rho1-wmtp"),
+    ],
+)
+def test_bad_data_is_mended_where_it_is(tmp_path: Path, evidence: str, command: str) -> None:
+    """The dry run reads no data in the bucket: there it would find nothing."""
+    datasets = {"code": "s3://b/datasets/code-v2/", "mine": "file:///app/datasets/mine"}
+    facts = {"env": "production", "algo": "rho1-wmtp", "launcher": "vessl", "config": {"paths": {"datasets": datasets}}}
+    ended = {"code": 2, "step": 0, "cause": evidence, "class": "data"}
+    found = explain(record(tmp_path / "r", exit_json=ended, facts_json=facts), End(2, TRAINED))
+    assert found["next"] == command
+
+
 def test_the_bundle_holds_the_record_without_secrets(tmp_path: Path) -> None:
     folder = record(
         tmp_path / "r",

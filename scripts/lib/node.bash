@@ -49,7 +49,7 @@ leave() {
   if [[ -n ${early:-} ]]; then { kill -KILL "$early" && wait "$early"; } 2>/dev/null || true; fi
   if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}" 'a run ends with its hours, saved'; fi
   case $1 in
-    2) next='mend the configuration or recipe named above: make dryrun finds it without a node' ;;
+    2) next='mend what is named above (settings: make dryrun finds them without a node), start again' ;;
     3) next='install or set what is named above (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, S3_BUCKET_NAME), start again' ;;
     10) next="make room or rights in $app, or set WMTP_APP_ROOT to another folder" ;;
     11) next='see that the bucket answers from here (S3_ENDPOINT_URL, AWS_DEFAULT_REGION), start again' ;;

@@ -404,14 +404,15 @@ def setting(facts: Mapping[str, Any], key: str) -> Any:
     return None
 
 
+def launched(env: str, launcher: str) -> str:
+    """The word that a command needs where this launcher is not the environment's own."""
+    return f" LAUNCHER={launcher}" if launcher == "docker" or (launcher == "vessl" and env == "minitest") else ""
+
+
 def again(run: str, facts: Mapping[str, Any], changed: Mapping[str, Any] | None = None, allow: str = "") -> str:
     """The command with which the run goes on under its name, with settings that are others than before."""
     env, algo, launcher = (str(facts.get(key) or "") for key in ("env", "algo", "launcher"))
-    by = (
-        f" LAUNCHER={launcher}"
-        if launcher and (launcher == "docker" or env == "minitest") and launcher != "local"
-        else ""
-    )
+    by = launched(env, launcher)
     which = f"ALGO={algo} RUN_NAME={run}"
     words = [os.environ.get("SET") or "", *(f"{key}={value}" for key, value in (changed or {}).items())]
     more = f' SET="{" ".join(filter(None, words))}"' if any(words) else ""
@@ -430,7 +431,7 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
     run, facts = record.folder.name, _facts(record)
     env, algo = facts["env"] or "production", facts["algo"]
     here = facts["launcher"] == "local" or env == "test"
-    pair = f"ENV={env}{f' ALGO={algo}' if algo else ''}"
+    pair = f"ENV={env}{f' ALGO={algo}' if algo else ''}{launched(env, facts['launcher'])}"
 
     def read(pattern: str) -> str:
         files = [path.name for path in record.named(pattern)]
@@ -457,6 +458,13 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
         return f"make verify-models NAME={named}" if named else "make models"
     if kind == DISK:
         return "make cache EVICT=unused" if here else again(run, facts, {"paths.checkpoints.keep_last": 1})
+    if kind == DATA:
+        sets = setting(facts, "paths.datasets") or {}
+        for name, uri in sets.items() if isinstance(sets, dict) else ():
+            # No dry run reads what is in the bucket; `name` is where the message begins, or a folder of its path.
+            if str(uri).startswith("s3://") and re.search(rf"(^|[\s/]){re.escape(str(name))}[/:]", evidence.text):
+                published = str(uri).rstrip("/").rpartition("/")[2]
+                return f"make publish-models AS=datasets FROM=… NAMES={published} FORCE=1"
     if kind in (DATA, CONFIGURATION):
         return f"make dryrun {pair}"
     if kind == VOCABULARY:
