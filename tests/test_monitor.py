@@ -144,6 +144,21 @@ def test_a_failed_run_says_why_and_what_to_type() -> None:
     assert "FAILED    2.914" in page and "left" not in page
 
 
+def test_the_command_after_a_failure_is_the_one_that_the_run_named(tmp_path: Path) -> None:
+    seen = a_run(status="failed", exit={"code": 2, "step": 0, "class": "data", "cause": "x"})
+    seen.record = tmp_path
+
+    def told(failure: dict[str, object]) -> str:
+        (tmp_path / "failure.json").write_text(json.dumps(failure))
+        return monitor.following(seen)
+
+    go_on = f"make logs RUN_ID=4711; to go on: make resume RUN_ID={NAME}"
+    assert told({"at": NOW, "next": "make models"}) == f"make models; {go_on}"
+    assert told({"at": NOW, "next": f"make resume RUN_ID={NAME}"}) == f"make resume RUN_ID={NAME}"
+    # That of a part before is no news, and what is torn is none.
+    assert told({"at": 1.0, "next": "make models"}) == told({}) == go_on
+
+
 def test_a_warning_is_told_whole_over_as_many_lines_as_it_takes() -> None:
     seen = a_run(note="the bucket refuses the record: " + "word " * 40)
     rows = monitor.page(seen, 80, 24)

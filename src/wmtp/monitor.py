@@ -195,11 +195,16 @@ def checkpoint(seen: Seen) -> str:
 
 
 def following(seen: Seen) -> str:
-    """What to type after a failure."""
-    if seen.status:
-        return f"make logs RUN_ID={seen.number or seen.name}; to go on: make resume RUN_ID={seen.name}"
+    """What to type after a failure: what the run said of itself, and how it goes on."""
     target = "make train" if seen.facts.get("env") == "test" else "make minitest"
-    return f"{seen.whole_log}; {target} goes on with it" if seen.launcher == "local" else ""
+    go_on = f"{seen.whole_log}; {target} goes on with it" if seen.launcher == "local" else ""
+    if seen.status:
+        go_on = f"make logs RUN_ID={seen.number or seen.name}; to go on: make resume RUN_ID={seen.name}"
+    said = vitals.object_of(seen.record / "failure.json") if seen.record else {}
+    # Of this part; one that names the run goes on with it.
+    if not (own := said.get("next")) or (seen.parts and (number(said, "at") or 0.0) < seen.parts[-1].began):
+        return go_on
+    return str(own) if seen.name in str(own) or not go_on else f"{own}; {go_on}"
 
 
 def gpus(seen: Seen) -> list[Row]:
