@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 HERE = Path(__file__)
 ROOT = HERE.parent.parent
@@ -161,3 +162,22 @@ def test_what_silences_a_linter_says_why() -> None:
 )
 def test_a_reason_is_known_when_it_is_there(lines: list[str], found: int) -> None:
     assert len(without_reason(lines)) == found
+
+
+def test_ci_shows_and_keeps_what_its_commands_leave(tmp_path: Path) -> None:
+    """Each `after` finds its files where `keep` names them, and prints Markdown."""
+    job = YAML(typ="safe").load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["check"]
+    rows = [row for row in job["strategy"]["matrix"]["include"] if "after" in row]
+    assert {row["what"] for row in rows} == {"dry run", "mini-test"}
+    for row in rows:
+        folder = tmp_path / row["what"]
+        for number, pattern in enumerate(row["keep"].split()):
+            file = folder / pattern.replace("*", "x")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"line {number}\n")
+        ended = subprocess.run(["bash", "-c", row["after"]], cwd=folder, capture_output=True, text=True, check=True)
+        assert ended.stdout in ("~~~\nline 0\n~~~\n", "line 1\n")
+    # The names of the mini-test's files are those that its script and the report write.
+    written = (ROOT / "scripts/minitest.sh").read_text() + (ROOT / "src/wmtp/report.py").read_text()
+    for name in ("report.html", "report.md", "summary.json"):
+        assert name in written and f"minitest-*/{name}" in next(r["keep"] for r in rows if r["what"] == "mini-test")
