@@ -51,6 +51,14 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   export ENV=minitest ALGO=critic-wmtp LAUNCHER=vessl CONFIG="$BATS_TEST_TMPDIR/a config.yaml"
   run -2 --separate-stderr dryrun
   [[ $stderr == *"next  edit the file, then: make dryrun ENV=minitest ALGO=critic-wmtp LAUNCHER=vessl CONFIG='$CONFIG'"* ]]
+  # What was chosen by name is not told: make exports it empty.
+  local tree="$BATS_TEST_TMPDIR/tree"
+  mkdir -p "$tree/configs" "$tree/tests"
+  cp -r "$repo/scripts" "$repo/src" "$tree/"
+  cp -r "$repo/tests/configs" "$tree/tests/configs"
+  cp "$CONFIG" "$tree/configs/config.vessl_minitest.yaml"
+  CONFIG='' RECIPE='' run -2 --separate-stderr "$tree/scripts/test_vessl_config.sh"
+  [[ $stderr == *$'LAUNCHER=vessl\n'* && $stderr != *CONFIG=* ]]
 }
 
 @test "test_vessl_config: a path outside /app is a FAIL for the cluster" {

@@ -33,6 +33,9 @@ choose_settings() {
   local where=$LAUNCHER suffix=_$ENV
   [[ $where != docker ]] || where=vessl
   [[ $ENV != production ]] || suffix=
+  # Chosen here they are nobody's wish, and no child takes them for one; make exports them empty.
+  [[ -n ${CONFIG:-} ]] || export -n CONFIG
+  [[ -n ${RECIPE:-} ]] || export -n RECIPE
   [[ $ENV != test ]] || where=tests/configs/config.local
   [[ $where == tests/* ]] || where=configs/config.$where
   CONFIG=${CONFIG:-$where$suffix.yaml}
