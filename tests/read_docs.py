@@ -59,6 +59,7 @@ def shape(line: str) -> str:
     """A line without what differs from run to run."""
     line = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,64}\b", "h", line)
     line = re.sub(r"\d+(?:[.,]\d+)*", "0", line)
+    line = re.sub(r"\b0 (?:h 0 min|min 0 s|min|ms)(?!\w)", "0 s", line)
     return re.sub(r"[ \t]+", " ", line).strip()
 
 

@@ -142,6 +142,22 @@ def test_what_nobody_recorded_is_said_to_be_so(tmp_path: Path) -> None:
     assert plan.count("| not recorded |") == 6 and "ok" not in plan
 
 
+def test_a_small_run_reaches_no_bar_of_production(folder: Path, tmp_path: Path) -> None:
+    def row(env: str, name: str) -> str:
+        facts = json.loads((folder / "facts.json").read_text()) | {"env": env}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        report.main([str(folder), "--out", str(tmp_path)])
+        return next(
+            line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith(f"| {name} |")
+        )
+
+    assert "2 ranks on cpu, FSDP on — not checked: the bar is a production run's" in row(
+        "minitest", "distributed start"
+    )
+    assert "2 ranks on cpu, FSDP on — missed" in row("production", "distributed start")
+    assert "not checked" in row("minitest", "model download") and "ok" in row("production", "model download")
+
+
 def test_remarks_stay_when_it_is_made_again(folder: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("The loss of head 3 is odd.\n")
