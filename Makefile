@@ -115,7 +115,7 @@ watch: $(STAMP) ## stay with it, and resume it when it was preempted (RUN_ID=)
 	@scripts/watch.sh
 
 .PHONY: mlflow
-mlflow: $(STAMP) ## MLflow's runs in one local store (FROM=s3://… NAME=)
+mlflow: $(STAMP) ##- the MLflow runs of a prefix in one local store, and its page ([FROM=s3://bucket/prefix] [NAME=] ENV=)
 	@scripts/mlflow.sh
 
 .PHONY: verify-checkpoint
@@ -135,7 +135,7 @@ test-image: $(STAMP) ##- image, registry, submit, deploy on real parts; as root 
 	@scripts/test_image.sh
 
 .PHONY: acceptance
-acceptance: $(STAMP) ## each criterion of the plan: bar, measured, state (ONLY= ENGINE=)
+acceptance: $(STAMP) ## each criterion of the plan: bar, measured, state (ONLY=)
 	@scripts/acceptance.sh
 
 .PHONY: lint

@@ -12,8 +12,8 @@ main() {
   }
   sed -nE 's/^([a-z-]+):.*## (.*)$/\1\t\2/p' "$1" |
     while IFS=$'\t' read -r target text; do printf '  %-15s %s\n' "$target" "$text"; done
-  printf '\n  ENV   test, minitest, production\n  ALGO  %s\n' "${2// /, }"
-  sed -nE 's/^([a-z-]+):.*##- .*$/\1/p' "$1" | grep -v '^help$' | paste -sd ' ' | fold -s -w 70 | sed '1s/^/  also  /; 2,$s/^/        /'
+  printf '  ENV   test, minitest, production\n  ALGO  %s\n' "${2// /, }"
+  sed -nE 's/^([a-z-]+):.*##- .*$/\1/p' "$1" | grep -v '^help$' | paste -sd ' ' | fold -s -w 70 | sed 's/ *$//; 1s/^/  also  /; 2,$s/^/        /'
   printf '  more  scripts/*.sh --help, docs/guide.md\n'
 }
 
