@@ -14,6 +14,7 @@ main() {
     -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
   esac
   need_cmd python
+  rm -rf -- "$ROOT/build/docs" # what an earlier reading published would be there already
   exec "$ROOT/scripts/bucket.sh" run "$ROOT/build/docs/bucket" -- python "$ROOT/tests/read_docs.py" "$@"
 }
 
