@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import pty
@@ -102,6 +103,15 @@ def test_where_the_seconds_went_and_what_came_from_the_bucket_are_said() -> None
     assert "goodput     50 % trained; start 25 min 0 s, sync 3 min 51 s, redone 1 min 0 s\n" in text
     assert "bucket      53.00 GB came from it\n" in text
     assert "goodput" not in text_of(a_run())
+
+
+@pytest.mark.parametrize("marker", ["", "{", "[]", '{"files": 3}'])
+def test_a_marker_that_says_nothing_brings_nothing(
+    marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(marker))
+    assert monitor.main(["--lacking", str(tmp_path), "--from", "s3://b/r/record"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_the_ledger_is_read_from_the_record(tmp_path: Path) -> None:

@@ -503,7 +503,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", default="", help="of --lacking: its address in the bucket")
     args = parser.parse_args(argv)
     if args.lacking:
-        listed = json.load(sys.stdin).get("files")
+        listed = None
+        with contextlib.suppress(ValueError, AttributeError):  # a marker that says nothing names nothing
+            listed = json.load(sys.stdin).get("files")
         for command in lacking(args.lacking, listed if isinstance(listed, dict) else {}, args.source):
             print(command)
         return 0
