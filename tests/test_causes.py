@@ -453,6 +453,12 @@ def test_bad_data_is_mended_where_it_is(tmp_path: Path, evidence: str, command: 
     assert found["next"] == command
 
 
+def test_bad_data_of_the_bucket_is_known_before_the_settings_are_recorded(tmp_path: Path) -> None:
+    ended = {"code": 2, "step": 0, "cause": "code/problems.jsonl:40: is not JSON", "class": "data"}
+    folder = record(tmp_path / "r", exit_json=ended, sync_jsonl='{"model": "m"}\n{"dataset": "code"}\n')
+    assert explain(folder, End(2, TRAINED))["next"] == "make publish-models AS=datasets FROM=… NAMES=code FORCE=1"
+
+
 def test_the_bundle_holds_the_record_without_secrets(tmp_path: Path) -> None:
     folder = record(
         tmp_path / "r",

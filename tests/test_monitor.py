@@ -126,6 +126,8 @@ def test_without_a_gpu_or_a_price_it_says_so() -> None:
     seen.facts["price_per_hour"] = None
     assert "no GPU on this machine: CPU 183 %, memory 2.4 GiB, 10.1 GiB free" in text_of(seen)
     assert "price not set (launcher.price_per_hour)" in text_of(seen)
+    seen.facts = {}
+    assert "price not known so far" in text_of(seen) and "price not set" not in text_of(seen)
 
 
 def test_old_figures_of_a_gpu_have_their_age() -> None:

@@ -459,10 +459,12 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
     if kind == DISK:
         return "make cache EVICT=unused" if here else again(run, facts, {"paths.checkpoints.keep_last": 1})
     if kind == DATA:
-        sets = setting(facts, "paths.datasets") or {}
-        for name, uri in sets.items() if isinstance(sets, dict) else ():
-            # No dry run reads what is in the bucket; `name` is where the message begins, or a folder of its path.
-            if str(uri).startswith("s3://") and re.search(rf"(^|[\s/]){re.escape(str(name))}[/:]", evidence.text):
+        sets = setting(facts, "paths.datasets")
+        synced = {str(row["dataset"]): str(row["dataset"]) for row in record.rows("sync.jsonl") if "dataset" in row}
+        # The sync is told before the settings are: a run that reads no data gets no further.
+        for name, uri in (sets if isinstance(sets, dict) else synced).items():
+            # No dry run reads what is in the bucket; `name` is where the message begins.
+            if not str(uri).startswith("file:") and re.match(rf"{re.escape(str(name))}[/:]", evidence.text):
                 published = str(uri).rstrip("/").rpartition("/")[2]
                 return f"make publish-models AS=datasets FROM=… NAMES={published} FORCE=1"
     if kind in (DATA, CONFIGURATION):

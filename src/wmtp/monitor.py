@@ -174,6 +174,8 @@ def spent(seen: Seen) -> str:
     if seconds is None:
         return ""
     cost = "price not set (launcher.price_per_hour)" if price is None else f"about ${seconds / 3600 * price:.2f}"
+    if not seen.facts:
+        cost = "price not known so far"
     parts = f" in {len(seen.parts)} parts" if len(seen.parts) > 1 else ""
     return f"{span(seconds)}{parts}, {cost}"
 
