@@ -27,6 +27,7 @@ skip() {
 cleanup() {
   local pid i mount
   trap - EXIT
+  trap '' TERM INT # a second one leaves no mount behind
   for pid in "${SUITES[@]}"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
   if [[ -S $TEMP/a.sock ]]; then
     docker ps -aq 2>/dev/null | xargs -r docker rm -fv >/dev/null 2>&1 || true
@@ -48,7 +49,7 @@ cleanup() {
 # run_suites [FILE…]: all of them in two groups side by side, as long as each other: what waits for engine and ranks, and what
 # waits for the client, which takes 1.5 s of one core a call.
 run_suites() {
-  local -a groups=('bats/cluster/container.bats bats/cluster/image.bats bats/cluster/submit.bats' 'bats/cluster/deploy.bats bats/cluster/runs.bats')
+  local -a groups=('bats/cluster/container.bats bats/cluster/image.bats bats/cluster/submit.bats' 'bats/cluster/deploy.bats bats/cluster/day.bats bats/cluster/runs.bats')
   local -a suite=()
   local i rc=0
   if (($#)); then groups=("$*"); fi

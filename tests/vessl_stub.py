@@ -14,12 +14,18 @@ line), `token` (the one that is accepted, default `stub-token`), and `faults`, r
     forget               a created run is never listed      hold-after-create  the run is there, its answer takes 40 s
 
 A run moves on by being asked after: pending, initializing, running, completed; its log grows meanwhile.
+
+Where DIR holds a file `nodes` with the address of a bucket, a run is a container of its image on this machine's
+engine, a node each, and moves on by itself. The secrets of its run file have the values of the stub's own environment.
+`preempted` takes one node away, after its tenth step and its first checkpoint in the bucket.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -32,6 +38,7 @@ from ruamel.yaml import YAML
 
 CLUSTER, PRESET = "vessl-kr-a100-80g-sxm", "gpu-a100-80g-large"
 LIVE = ("pending", "initializing", "running", "stopping", "idle")
+TAKEN_AFTER = (r"Step \d\d+/", r"bucket +step-\d+ is in (?!\S*/pretrain)")
 LOG = (
     "startup   credentials: yes; /app, 412.0 GB free",
     "sync      Download test-llama-mtp: 9.1 MB",
@@ -39,6 +46,10 @@ LOG = (
     *(f"Step {step}/12  wmtp_loss {10.4 - step / 40:.3f}  2140 tok/s" for step in range(1, 13)),
     "startup   training ok: 31 s",
 )
+
+
+def docker(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(("docker", *words), capture_output=True, text=True, check=False)
 
 
 class Stub:
@@ -49,6 +60,10 @@ class Stub:
     def has(self, fault: str) -> bool:
         file = self.folder / "faults"
         return file.is_file() and fault in file.read_text().split()
+
+    def unplant(self, fault: str) -> None:
+        file = self.folder / "faults"
+        file.write_text("\n".join(one for one in file.read_text().split() if one != fault))
 
     def token(self) -> str:
         file = self.folder / "token"
@@ -64,9 +79,48 @@ class Stub:
         half.write_text(json.dumps(run))
         half.replace(file)
 
+    @property
+    def nodes(self) -> bool:
+        return (self.folder / "nodes").is_file()
+
+    def node(self, number: int) -> str:
+        """The container of a run, named after this stub, so that two stubs may share an engine."""
+        return f"vessl-stub-{os.getpid()}-{number}"
+
+    def start_node(self, number: int, spec: dict[str, Any]) -> str:
+        """Starts the run as the service does; empty, or why it can't be."""
+        words = ["run", "-d", "--name", self.node(number), "--network", "host", "--shm-size", "1g"]
+        for name, value in spec["env"].items():
+            words += ["-e", f"{name}={value}" if isinstance(value, str) else name]  # a secret: of this environment
+        # A bucket of this machine is no address for a run file; the nodes have it all the same.
+        words += ["-e", f"S3_ENDPOINT_URL={(self.folder / 'nodes').read_text().strip()}"]
+        words += ["-w", spec["run"][0]["workdir"]]
+        ended = docker(*words, spec["image"], "sh", "-c", spec["run"][0]["command"])
+        return ended.stderr.strip() if ended.returncode else ""
+
+    def lines(self, number: int) -> tuple[str, ...]:
+        words, pipe = ("docker", "logs", self.node(number)), subprocess.PIPE
+        ended = subprocess.run(words, stdout=pipe, stderr=subprocess.STDOUT, text=True, check=False)
+        return tuple(ended.stdout.splitlines())
+
+    def node_moved(self, run: dict[str, Any]) -> dict[str, Any]:
+        if run["status"] in ("pending", "initializing", "running"):
+            node = self.node(run["id"])
+            said = "\n".join(self.lines(run["id"]))
+            if self.has("preempted") and all(re.search(line, said) for line in TAKEN_AFTER):
+                docker("kill", node)
+                self.unplant("preempted")  # one node, not each that comes after it
+                run |= {"status": "failed", "status_reason": "Preempted"}
+            else:
+                state = docker("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", node).stdout.split()
+                run["status"] = {"running 0": "running", "exited 0": "completed"}.get(" ".join(state), "failed")
+            self.save(run)
+        return run
+
     def create(self, text: str) -> int:
         spec = YAML(typ="safe").load(text)
         number = 1 + max((run["id"] for run in self.runs()), default=6)
+        failed = self.start_node(number, spec) if self.nodes else ""
         (self.folder / "runs" / f"{number}.yaml").write_text(text)
         preset = {
             "name": spec["resources"]["preset"],
@@ -79,8 +133,8 @@ class Stub:
         self.save(
             {
                 "id": number,
-                "status": "pending",
-                "status_reason": "",
+                "status": "failed" if failed else "pending",
+                "status_reason": failed,
                 "message": spec.get("description", ""),
                 "create_dt": datetime.now(UTC).isoformat(),
                 "asked": 0,
@@ -106,6 +160,8 @@ class Stub:
     def moved(self, run: dict[str, Any]) -> dict[str, Any]:
         """The run, one question later."""
         run["asked"] += 1
+        if self.nodes:
+            return self.node_moved(run)
         if run["status"] == "pending":
             run["status"] = "initializing"
         elif run["status"] == "initializing" and self.has("fails-initializing"):
@@ -121,7 +177,9 @@ class Stub:
 
     def log(self, run: dict[str, Any]) -> list[dict[str, Any]]:
         kept = self.folder / "runs" / f"{run['id']}.log"
-        if kept.is_file():
+        if self.nodes:
+            lines = self.lines(run["id"])
+        elif kept.is_file():
             lines = tuple(kept.read_text().splitlines())
         elif run["status"] in ("pending", "initializing"):
             lines = ()
@@ -187,7 +245,9 @@ def handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(200, {"clusters": [] if stub.has("no-cluster") else [one]})
             if re.fullmatch(r"/organizations/[^/]+/clusters/\d+/resource_specs", path):
                 one = {"id": 1, "name": PRESET, "cpu_type": "Any", "cpu_limit": 48, "memory_limit": "400Gi"}
-                return self.answer(200, {"results": [one | {"gpu_type": "A100", "gpu_limit": 4, "spot": False}]})
+                one |= {"gpu_type": "A100", "gpu_limit": 4, "spot": False}
+                other = one | {"id": 2, "name": "cpu-large", "gpu_type": "", "gpu_limit": 0}
+                return self.answer(200, {"results": [one, other]})
             if path.endswith("/run/spec/create_from_yaml") and method == "POST":
                 if stub.has("hold-before-create"):
                     stub.lock.release()
@@ -212,6 +272,8 @@ def handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
                     lines, limit = stub.log(run), re.search(r"log_limit=(\d+)", query)
                     return self.answer(200, {"logs": lines[-int(limit[1]) :] if limit else lines})
                 if found[2] == "/terminate":
+                    if stub.nodes:
+                        docker("stop", "-t", "60", stub.node(run["id"]))
                     run["status"] = "terminated" if run["status"] in LIVE else run["status"]
                     stub.save(run)
                     return self.answer(200, run)

@@ -19,11 +19,12 @@ setup_file() {
   "$tree/scripts/publish_models.sh" --from "$tree/tests/test_models" --force test-llama-mtp test-rm-llama test-llama >>"$BATS_FILE_TMPDIR/log" 2>&1
 }
 
-teardown() { docker ps -aq | xargs -r docker rm -fv >/dev/null 2>&1; }
+# Those of this file: other suites have theirs on the same engine.
+teardown() { docker ps -aq --filter label=wmtp.run | xargs -r docker rm -fv >/dev/null 2>&1; }
 
 # started NAME OPTION…: the image's own command, as the cluster starts it.
 started() {
-  docker run --name "$1" --network host --shm-size 1g -e ENV_MODE=minitest -e WMTP_ALGO=baseline-mtp -e LAUNCHER=docker -e SET -e RUN_NAME="$1" \
+  docker run --name "$1" --label wmtp.run=wmtp --network host --shm-size 1g -e ENV_MODE=minitest -e WMTP_ALGO=baseline-mtp -e LAUNCHER=docker -e SET -e RUN_NAME="$1" \
     -e S3_ENDPOINT_URL -e S3_BUCKET_NAME -e AWS_DEFAULT_REGION -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY "${@:2}" "$(<"$BATS_FILE_TMPDIR/built")"
 }
 
