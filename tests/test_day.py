@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import day  # type: ignore[import-not-found]  # beside this file; pytest finds it
+import day  # beside this file; pytest finds it
 import pytest
 
 ROOT = Path(__file__).parent.parent
