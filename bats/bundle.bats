@@ -81,7 +81,7 @@ known() { "$REAL_PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])
 @test "bundle: hours that are used up are no preemption" {
   TRAINER=saves MAX_HOURS=0.001 run -75 --separate-stderr startup
   [[ $stderr == *'one stopped: hours,'*'everything saved'* && $(known class) == hours ]]
-  TRAINER=hangs MAX_HOURS=0.0005 WMTP_GRACE_S=1 run -20 --separate-stderr startup
+  TRAINER=hangs MAX_HOURS=0.004 WMTP_GRACE_S=1 run -20 --separate-stderr startup
   [[ $(known class) == hours && $(known code) == 20 ]]
 }
 

@@ -115,7 +115,9 @@ PY
   record "$work/far" 5
   mirror "$work/far" "$name"
   (
-    sleep 2
+    # What was there is shown before it goes on.
+    until [[ -f $tree/build/production/$name/record/record.json ]]; do sleep 0.1; done
+    sleep 7
     record "$work/far" 7 20
     mirror "$work/far" "$name"
   ) &

@@ -56,6 +56,7 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   mkdir -p "$tree/configs" "$tree/tests"
   cp -r "$repo/scripts" "$repo/src" "$tree/"
   cp -r "$repo/tests/configs" "$tree/tests/configs"
+  cp "$repo"/configs/recipe.*.yaml "$tree/configs/"
   cp "$CONFIG" "$tree/configs/config.vessl_minitest.yaml"
   CONFIG='' RECIPE='' run -2 --separate-stderr "$tree/scripts/test_vessl_config.sh"
   [[ $stderr == *$'LAUNCHER=vessl\n'* && $stderr != *CONFIG=* ]]
