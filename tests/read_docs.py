@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ("docs/guide.md", "README.md", "README.ko.md")
+FILES = ("README.md", "README.ko.md", "docs/guide.md")
 LIMIT_S = 600
 BLOCK = re.compile(r"(?:<!-- (?P<mark>.+?) -->\n)?```console\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
