@@ -237,6 +237,11 @@ put_manifest() {
   run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}"
   [[ $stderr == *"test-rm-llama is not needed: its scores are kept ($kept), 9.1 MB less"* ]]
   [[ $output != *test-rm-llama* && ! -e $WMTP_APP_ROOT/models/test-rm-llama ]]
+  # An older version that is linked there would give the trainer the scores of that one.
+  mkdir -p "$WMTP_APP_ROOT/models/.store/0123"
+  ln -s .store/0123 "$WMTP_APP_ROOT/models/test-rm-llama"
+  run -0 --separate-stderr scripts/sync_models.sh "${settings[@]}"
+  [[ $stderr == *"test-rm-llama is not needed"* && ! -L $WMTP_APP_ROOT/models/test-rm-llama ]]
   run -0 --separate-stderr scripts/check_vocab.sh "${settings[@]}"
   [[ $stderr == *'test-rm-llama not checked (its scores are kept'* ]]
   # Another template is another verdict.

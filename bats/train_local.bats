@@ -30,3 +30,10 @@ local_test() { "$repo/scripts/train_local.sh" "$@"; }
   SET='trian.max_steps=2' run -2 --separate-stderr local_test
   [[ $stderr == *'trian'* && $stderr != *Traceback* ]]
 }
+
+@test "minitest: is the mini-test only, and no rehearsal" {
+  ENV=production run -2 --separate-stderr "$repo/scripts/minitest.sh"
+  [[ $stderr == *'ENV=production'*'make deploy ENV=production'* && -z $output ]]
+  DRY_RUN=1 run -2 --separate-stderr "$repo/scripts/minitest.sh"
+  [[ $stderr == *'DRY_RUN=1'*'make dryrun ENV=minitest'* && -z $output ]]
+}

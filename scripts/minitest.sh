@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/children.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/children.bash"
 
+GIVEN_ENV=${ENV:-}
 export ENV=minitest ENV_MODE=minitest LAUNCHER=${LAUNCHER:-local} ALGO=${ALGO:-critic-wmtp}
 export WMTP_ALGO=$ALGO
 BUILD=$ROOT/build/minitest
@@ -78,6 +79,9 @@ rows() {
 
 main() {
   local began=$SECONDS config recipe digest
+  [[ ${GIVEN_ENV:-minitest} == minitest ]] || die 2 "ENV=$GIVEN_ENV: this is the mini-test" 'it knows ENV=minitest only' "make deploy ENV=$GIVEN_ENV ALGO=$ALGO"
+  [[ $LAUNCHER != local || ${DRY_RUN:-} != 1 ]] || die 2 'DRY_RUN=1: the mini-test does all of it, in a minute' 'a rehearsal is of what changes the cluster' \
+    'make minitest, or only to look: make dryrun ENV=minitest'
   if [[ $LAUNCHER != local ]]; then
     log minitest "test models to the bucket, then the same on $LAUNCHER"
     python "$ROOT/tests/test_models/generate.py" >&2

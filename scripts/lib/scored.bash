@@ -31,12 +31,16 @@ drop_scored() {
   if ((${#wanted[@]})); then ITEMS=("${wanted[@]}"); fi
 }
 
-# keep_manifests NAME…: the trainer names the scores after them, also where the model itself is not here.
+# keep_manifests NAME…: the trainer names the scores after them, also where the model itself is not here. An older version's
+# link goes: the trainer would name the scores after that one, and find those of another scorer.
 keep_manifests() {
   local name
   mkdir -p "$MODELS/.manifests"
   for name in "$@"; do
     if [[ ${LINK[$name]} == "$MODELS/"* && ${MANIFEST[$name]} != */.listing/* ]]; then copy_whole "${MANIFEST[$name]}" "$MODELS/.manifests/$name.json"; fi
   done
+  while read -r name; do
+    if [[ -L ${LINK[$name]} && ${STATE[$name]} != hit ]]; then rm -f -- "${LINK[$name]}"; fi
+  done <"$TEMP/not-needed"
   copy_whole "$TEMP/not-needed" "$MODELS/.manifests/not-needed"
 }
