@@ -233,3 +233,10 @@ def test_the_page_of_a_long_run_is_no_larger_than_a_persons_patience(tmp_path: P
     write(tmp_path / "r", "parts", {"began": 1000.0}, {"ended": 21_000.0, "code": 0})
     text, page = made(tmp_path / "r", tmp_path / "out")
     assert "99.8 %" in text and len(page) < 1_000_000
+
+
+def test_what_a_page_of_a_living_run_warns_of_stands_in_the_report(folder: Path, tmp_path: Path) -> None:
+    told = [json.loads(line) | {"grad_norm": 0.0} for line in (folder / "steps.jsonl").read_text().splitlines()]
+    (folder / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    text, _ = made(folder, tmp_path)
+    assert "| warning | no gradient in the last 5 steps" in text

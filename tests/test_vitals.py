@@ -187,6 +187,7 @@ def test_a_falling_loss_is_no_spike() -> None:
         ({"wmtp_loss": None}, "not finite at step 100: wmtp_loss"),
         ({"ce_head_1": None}, "not finite at step 100: ce_head_1"),
         ({"wmtp_loss": 4.5}, "loss spiking: 4.500 at step 100"),
+        ({"grad_norm": 0.0}, "no gradient in the last 5 steps"),
         ({"w_ess": 0.05}, "weights collapsed: their effective sample size is 5 %"),
         ({"w_zeros": 0.95, "w_ess": 0.2}, "weights collapsed: 95 % of them are zero"),
         ({"tokens_per_second": 900.0}, "throughput is down: 900 tok/s, 2000 before"),

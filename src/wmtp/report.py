@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wmtp import plots
+from wmtp import plots, vitals
 from wmtp.ledger import MEANING, Ledger, bytes_from_bucket, ledger_of, price_of
 from wmtp.preflight import flat
 from wmtp.record import lines, read_json
@@ -179,6 +179,7 @@ def survived(run: Run) -> list[tuple[str, str, str]]:
         )
     if bad := (run.steps[-1].get("not_finite") if run.steps else 0):
         rows.append(("left out", f"{bad:.0f} steps that were not finite", "steps.jsonl"))
+    rows += [("warning", text, "steps.jsonl") for text in vitals.warnings(vitals.read("", record=run.folder))]
     log = run.folder / "log.txt"
     told = [
         t

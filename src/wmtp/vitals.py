@@ -369,7 +369,7 @@ def figures(lines: list[Line], key: str) -> list[float]:
 
 def warnings(seen: Seen) -> list[str]:
     """What a person would want to be told, a line each."""
-    told = [loss_not_finite(seen), loss_spiking(seen), slow(seen), data_bound(seen), collapsed(seen)]
+    told = [loss_not_finite(seen), loss_spiking(seen), no_gradient(seen), slow(seen), data_bound(seen), collapsed(seen)]
     if standing(seen).live:
         told += [no_life(seen) or no_progress(seen)]
     return [text for text in told if text]
@@ -399,6 +399,14 @@ def loss_spiking(seen: Seen) -> str | None:
             step = seen.steps[index]["step"]
             return f"loss spiking: {loss:.3f} at step {step:.0f}, the median before it is {middle:.3f}"
     return None
+
+
+def no_gradient(seen: Seen) -> str | None:
+    """None in the last steps: whatever the loss says, nothing is learned any more."""
+    norms = figures(seen.steps[-RECENT:], "grad_norm")
+    if len(norms) < RECENT or max(norms) > 1e-8:
+        return None
+    return f"no gradient in the last {RECENT} steps: nothing is learned any more (was optim.lr too high?)"
 
 
 def slow(seen: Seen) -> str | None:
