@@ -240,3 +240,9 @@ def test_what_a_page_of_a_living_run_warns_of_stands_in_the_report(folder: Path,
     (folder / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     text, _ = made(folder, tmp_path)
     assert "| warning | no gradient in the last 5 steps" in text
+
+
+def test_a_dataset_that_was_synced_is_no_model(tmp_path: Path) -> None:
+    write(tmp_path, "sync", {"model": "base", "seconds": 1.0}, {"dataset": "code", "seconds": 1.0})
+    told = [row[0] for row in report.template_rows(report.Run(tmp_path))]
+    assert told[1:3] == ["model base", "dataset code"]

@@ -235,7 +235,7 @@ def template_rows(run: Run) -> list[tuple[str, str, str]]:
         mb, s = line.get("downloaded_bytes", 0) / 1e6, line.get("seconds", 0.0)
         rows.append(
             (
-                f"model {line.get('name') or line.get('model')}",
+                f"dataset {line['dataset']}" if "dataset" in line else f"model {line.get('name') or line.get('model')}",
                 f"{mb:.1f} MB in {seconds(s)}" + ("" if mb else " (cache)"),
                 "sync.jsonl",
             )
