@@ -175,6 +175,19 @@ def test_a_thread_mirrors_at_intervals_and_at_the_end(tmp_path: Path, prefix: st
     assert set(marker(prefix)["files"]) == {"log.txt", "last"}
 
 
+def test_what_is_wanted_soon_does_not_wait_for_the_interval(tmp_path: Path, prefix: str) -> None:
+    ours = Mirror(tmp_path, prefix, STORAGE)
+    ours.start(600)
+    for text in ("1\n", "1\n2\n"):  # not only once
+        (tmp_path / "log.txt").write_text(text)
+        pushed, until = ours.pushes, time.monotonic() + 20
+        ours.soon()
+        while ours.pushes == pushed and time.monotonic() < until:
+            time.sleep(0.05)
+        assert marker(prefix)["files"] == {"log.txt": len(text)}
+    assert ours.close()
+
+
 def test_the_end_is_waited_for_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,3 +184,22 @@ def test_a_full_disk_ends_no_training_and_takes_no_step_from_the_record(
     steps.add(4, {})
     assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("warn") == 1
+
+
+def test_the_record_goes_to_the_bucket_with_each_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop calls `facts` before it saves: a node that is lost leaves the steps that its checkpoint has."""
+    pushed: list[str] = []
+
+    def push(mirror: record.RecordMirror) -> bool:
+        pushed.append((mirror.folder / "facts.json").read_text())
+        return True
+
+    monkeypatch.setenv("WMTP_MIRROR_S", "600")
+    monkeypatch.setattr(record.RecordMirror, "push", push)
+    recorder = record.Recorder(tmp_path, "s3://b/run", Storage())
+    recorder.facts({"step": 5})
+    until = time.monotonic() + 10
+    while not pushed and time.monotonic() < until:
+        time.sleep(0.01)
+    recorder.close()
+    assert pushed and '"step": 5' in pushed[0]

@@ -63,7 +63,8 @@ class Mirror:
         self._there: set[str] | None = None  # objects under the prefix; None: not yet looked
         self._had: set[str] = set()  # files that were here while this process looked
         self._seen: dict[str, tuple[int, ...]] = {}  # of each file here as it was brought: what stat said
-        self._ending = threading.Event()
+        self._ending = False
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._last = False
 
@@ -86,7 +87,11 @@ class Mirror:
 
         def work() -> None:
             wait = every
-            while not self._ending.wait(wait):
+            while True:
+                self._wake.wait(wait)
+                self._wake.clear()  # before the look at the end: what is asked for from here on is not lost
+                if self._ending:
+                    break
                 began = time.monotonic()
                 self.push()
                 wait = max(every, (time.monotonic() - began) / SHARE) if self._away_since is None else every
@@ -95,11 +100,16 @@ class Mirror:
         self._thread = threading.Thread(target=work, name="mirror", daemon=True)
         self._thread.start()
 
+    def soon(self) -> None:
+        """Mirror without waiting for the interval's end; blocks nobody."""
+        self._wake.set()
+
     def close(self, wait_s: float = CLOSE_WAIT_S) -> bool:
         """The last mirror, waited for as long as ``wait_s``; whether the bucket has all."""
         if self._thread is None:
             self.start(0.0)
-        self._ending.set()
+        self._ending = True
+        self._wake.set()
         assert self._thread is not None
         self._thread.join(max(wait_s, 0.0))
         if self._thread.is_alive():

@@ -181,9 +181,14 @@ class Recorder:
             self._mirror.start()
 
     def facts(self, fields: Mapping[str, Any]) -> None:
-        """What is known of the run before its first step."""
+        """What is known of the run before its first step, and anew with each checkpoint.
+
+        The mirror then does not wait for its interval: a node that is lost leaves the steps that its checkpoint has.
+        """
         if self.folder:
             write_json(self.folder / "facts.json", fields)
+        if self._mirror:
+            self._mirror.soon()
 
     def steps(self, folder: Path, step: int) -> StepRecord:
         """The record of the steps, which lies with the checkpoints (``folder``): the same steps count in both."""
