@@ -7,6 +7,8 @@ load helpers
 setup_file() {
   cluster_file_setup
   need_engines
+  # Before the day's `make` finds an environment that is behind its lock, and installs itself into this checkout's.
+  make -s -C "$repo" install >/dev/null
 }
 
 setup() {
