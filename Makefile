@@ -39,7 +39,7 @@ train: $(STAMP) ## the local test: one device, no bucket (ALGO=)
 	@scripts/train_local.sh
 
 .PHONY: dryrun
-dryrun: $(STAMP) ## what can be known to fail before a run (ENV= ALGO=)
+dryrun: $(STAMP) ## what can be known to fail before a run (ENV= ALGO= ONLY=)
 	@scripts/test_vessl_config.sh
 
 .PHONY: sync
