@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import sqlite3
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ from pairs import machine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from runs import Run
+from runs import Run, free_port
 
 from wmtp import mlstore
 from wmtp.config import Storage
@@ -45,12 +44,6 @@ def listening(command: list[str]) -> subprocess.Popen[str]:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout and server.stdout.readline().startswith("http")
     return server
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def named(app: Path, name: str, *sets: str) -> Run:

@@ -17,9 +17,11 @@ algorithms() { (cd "$ROOT/configs" && printf '%s\n' recipe.*.yaml) | sed 's/^rec
 choose_settings() {
   ENV=$1 ALGO=$2
   one_of ENV "$ENV" test minitest production
-  local -a known
-  mapfile -t known < <(algorithms)
-  [[ -z $ALGO ]] || one_of ALGO "$ALGO" "${known[@]}"
+  if [[ -n $ALGO ]]; then
+    local -a known
+    mapfile -t known < <(algorithms)
+    one_of ALGO "$ALGO" "${known[@]}"
+  fi
   if [[ -z ${LAUNCHER:-} ]]; then
     if [[ $ENV == production ]]; then LAUNCHER=vessl; else LAUNCHER=local; fi
   fi
@@ -33,7 +35,7 @@ choose_settings() {
   local where=$LAUNCHER suffix=_$ENV
   [[ $where != docker ]] || where=vessl
   [[ $ENV != production ]] || suffix=
-  # Chosen here they are nobody's wish, and no child takes them for one; make exports them empty.
+  # Chosen here they are nobody's wish, and no child takes them for one, where the caller exports them empty.
   [[ -n ${CONFIG:-} ]] || export -n CONFIG
   [[ -n ${RECIPE:-} ]] || export -n RECIPE
   [[ $ENV != test ]] || where=tests/configs/config.local

@@ -7,7 +7,6 @@ running means; every other keyword is a setting of the recipe. Shape letters as 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +35,7 @@ from wmtp.objective import (
     weight_sums,
 )
 from wmtp.ranks import Place
-from wmtp.registry import trainer_registry
+from wmtp.registry import asked_by, trainer_registry
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Weighting:
 
     def __init__(self, recipe: Recipe) -> None:
         rule = trainer_registry.load(recipe.train.algo)
-        keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        keywords = asked_by(recipe.train.algo)
         settings = {
             "temperature": recipe.loss.weight_temperature,
             "epsilon": recipe.loss.epsilon,
