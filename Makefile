@@ -16,6 +16,11 @@ $(call refuse,LAUNCHER,$(LAUNCHERS))
 set = $(filter-out undefined default,$(origin $(1)))
 VARIABLES := ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID RUNS NOTES STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
 $(foreach name,$(VARIABLES),$(if $(call set,$(name)),$(eval export $(name))))
+# A name that nobody reads would leave the run as it is, and say nothing.
+SETTINGS := $(VARIABLES) AS ENGINE EVICT FORCE ONLY TWIN POLL_S STALL_S WATCH_MAX CI NO_COLOR TMPDIR SHELL MAKEFLAGS %_TOKEN %_proxy %_PROXY \
+  AWS_% DOCKER_% HF_% LC_% MLFLOW_% OMP_% PIP_% PYTEST_% S3_% UV_% VESSL_% WMTP_%
+STRANGE := $(filter-out $(SETTINGS),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+$(if $(STRANGE),$(error $(firstword $(STRANGE))=$($(firstword $(STRANGE))): not known. rule: a variable that no command reads changes nothing; next: make help))
 
 # By content, not by time: a checkout's files may be older than an environment that lacks what they ask for.
 STAMP := .venv/.installed-$(shell cat requirements/*.txt pyproject.toml scripts/install.sh | cksum | tr ' ' -)

@@ -32,6 +32,7 @@ two_versions() {
   [[ ${#lines[@]} == 2 && ${lines[0]} == '{"digest": "'$old* ]]
 }
 
+# bats test_tags=long
 @test "cache: a new version fetches only what is new in it" {
   two_versions
   grep -q '"downloaded_bytes": 9,' "$work/second"
@@ -98,4 +99,15 @@ two_versions() {
 
 @test "cache: 2 when there is no store" {
   WMTP_CACHE_DIR="$work/none" run -2 --separate-stderr cache
+}
+
+@test "cache: without a node's folder it is the mini-test's store" {
+  local tree="$work/a tree"
+  mkdir -p "$tree/build/minitest/app/models/.store"
+  cp -r "$repo"/{scripts,src} "$tree/"
+  ln -s "$repo/.venv" "$tree/.venv"
+  [[ ! -d /app/models ]] || skip '/app/models is here: this machine is a node'
+  unset WMTP_APP_ROOT WMTP_CACHE_DIR
+  run -0 --separate-stderr "$tree/scripts/cache.sh"
+  [[ $stderr == *"$tree/build/minitest/app/models/.store, "*' MB free'* ]]
 }

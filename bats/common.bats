@@ -41,3 +41,21 @@ setup() {
   kill -KILL "$pid"
   return 1
 }
+
+@test "common: who holds a lock is told to the second, and it is free when the first has ended" {
+  mkdir "$work/kept"
+  "$work/stage.sh" eval 'hold "$0.lock" "another is at work" "one at a time" "its work" && touch "$0.held" && sleep 60' 3>&- &
+  local first=$!
+  until [[ -e $work/stage.sh.held ]]; do sleep 0.05; done
+  run -1 --separate-stderr "$work/stage.sh" hold "$work/stage.sh.lock" 'another is at work' 'one at a time' mine
+  [[ ${stderr_lines[0]} == "stage     FAIL  another is at work: process $first of $(id -un) since 20"*", its work" ]]
+  pkill -P "$first" sleep
+  wait "$first" || true
+  run -0 "$work/stage.sh" hold "$work/stage.sh.lock" 'another is at work' 'one at a time' mine
+}
+
+@test "make: a variable that no command reads is refused, before anything is done" {
+  run -2 --separate-stderr make --no-print-directory -C "$repo" -n minitest ALG=critic-wmtp
+  [[ $stderr == *'ALG=critic-wmtp: not known'*'next: make help'* && -z $output ]]
+  run -0 --separate-stderr make -C "$repo" -n status RUN_ID=3 S3_ENDPOINT_URL=http://x VESSL_TIMEOUT_S=5 POLL_S=1
+}

@@ -66,6 +66,7 @@ refused() { [[ ! -L $WMTP_APP_ROOT/models/$name && ! -e $WMTP_APP_ROOT/models/$n
   [[ $(fetched weights.bin) == 1 && $(fetched shard-1.bin) -gt 1 && $(fetched shard-2.bin) -gt 1 ]]
 }
 
+# bats test_tags=long
 @test "faults: 12 when every body ends early, 12 or 13 when every body is announced shorter" {
   make_shards 1 60000
   between truncate:bytes=1000,key=*/shard-1.bin
@@ -88,6 +89,7 @@ refused() { [[ ! -L $WMTP_APP_ROOT/models/$name && ! -e $WMTP_APP_ROOT/models/$n
   [[ $(fetched shard-1.bin) == 2 && $(fetched shard-2.bin) == 1 ]]
 }
 
+# bats test_tags=long
 @test "faults: 12 when a connection always stalls" {
   make_shards 1 60000
   between stall:bytes=1000,key=*/shard-1.bin
@@ -120,6 +122,7 @@ refused() { [[ ! -L $WMTP_APP_ROOT/models/$name && ! -e $WMTP_APP_ROOT/models/$n
   [[ $(fetched shard-1.bin) == 2 && $(fetched shard-2.bin) == 1 ]]
 }
 
+# bats test_tags=long
 @test "faults: 13 when the byte is flipped each time" {
   make_shards 1 60000
   between flip:bytes=30000,key=*/shard-1.bin

@@ -133,3 +133,16 @@ PY
   AWS_SECRET_ACCESS_KEY=wrong run -3 --separate-stderr monitor t-none
   [[ $stderr == *"can't be read"* ]]
 }
+
+@test "status, logs, stop, resume, watch: a run of this machine has none of its own, and no account is asked for" {
+  record "$tree/build/minitest/app/logs/own-run" 12 0
+  local stage
+  for stage in status logs stop resume watch; do
+    RUN_ID=own-run run -2 --separate-stderr "$tree/scripts/$stage.sh"
+    [[ $stderr == *'own-run is a run of this machine'*'make monitor RUN_ID=own-run'* && $stderr != *TOKEN* ]]
+  done
+  run -2 --separate-stderr "$tree/scripts/status.sh"
+  [[ $stderr == *'own-run is a run of this machine'* ]]
+  RUN_ID=another run -3 --separate-stderr "$tree/scripts/status.sh"
+  [[ $stderr == *'VESSL_ACCESS_TOKEN is not set'* ]]
+}

@@ -210,6 +210,7 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   run -1 published
 }
 
+# bats test_tags=long
 @test "publish: a reader gets the old version or nothing while it is replaced" {
   make_model
   publish

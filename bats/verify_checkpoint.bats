@@ -59,6 +59,7 @@ nothing_left() { [[ -z $(ls -A "$TMPDIR") ]]; }
   nothing_left
 }
 
+# bats test_tags=long
 @test "verify-checkpoint: a comma is no obstacle where it is the decimal point" {
   mkdir "$work/locales"
   localedef -i de_DE -f UTF-8 "$work/locales/de_DE.UTF-8" 2>/dev/null || skip 'needs localedef and the sources of locales (Debian: apt-get install locales)'
@@ -73,6 +74,7 @@ nothing_left() { [[ -z $(ls -A "$TMPDIR") ]]; }
   [[ $stderr == *'STEP= one of: 4 8'* ]]
 }
 
+# bats test_tags=long
 @test "verify-checkpoint: one whose marker is missing is not taken" {
   "$client" rm "$at/step-8/.complete" >/dev/null
   run -0 --separate-stderr drill
@@ -138,4 +140,19 @@ nothing_left() { [[ -z $(ls -A "$TMPDIR") ]]; }
   [[ $rc == 143 ]]
   nothing_left
   run -1 pgrep -f "wmtp.*$BATS_TEST_TMPDIR"
+}
+
+@test "verify-checkpoint: after a mini-test its embedded bucket is the bucket" {
+  local tree="$work/a tree"
+  mkdir -p "$tree"
+  cp -r "$repo"/{scripts,src,configs} "$tree/"
+  ln -s "$repo/.venv" "$tree/.venv"
+  at=s3://wmtp/checkpoints/$RUN_ID
+  unset S3_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY S3_BUCKET_NAME
+  export -f upload
+  export saved repo at
+  "$tree/scripts/bucket.sh" run "$tree/build/bucket" -- bash -c 'upload 4'
+  run -0 --separate-stderr "$tree/scripts/verify_checkpoint.sh"
+  [[ $output == *'"step": 4'* ]]
+  nothing_left
 }

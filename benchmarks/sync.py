@@ -182,7 +182,7 @@ def shards(gb: float) -> dict[str, int]:
     """Files as a model of two and a half shards has them."""
     whole = int(gb * 1e9)
     small = {"config.json": 650, "tokenizer.json": 1_842_767, "tokenizer.model": 499_723}
-    large = {f"model-0000{n}-of-00003.safetensors": int(whole * part) for n, part in ((1, 0.4), (2, 0.4), (3, 0.2))}
+    large = {f"pytorch_model-0000{n}-of-00003.bin": int(whole * part) for n, part in ((1, 0.4), (2, 0.4), (3, 0.2))}
     return large | small
 
 
@@ -253,7 +253,7 @@ def hit(bench: Bench, gb: float, model_gb: float) -> None:
     sizes = {"hit-llama-7b-mtp": 27, "hit-starling-rm-7b": 26, "hit-sheared-llama-2.7b": 10}
     links = [app / "models" / name for name in sizes]
     for name, share in sizes.items():
-        total += in_store(app, name, {f"model-{n:05}.safetensors": int(gb * 1e9 * share / 63 / 3) for n in range(3)})
+        total += in_store(app, name, {f"pytorch_model-{n:05}.bin": int(gb * 1e9 * share / 63 / 3) for n in range(3)})
     command = ["scripts/sync_models.sh", *(word for name in sizes for word in ("--model", name))]
     for turn in range(bench.pairs + 1):
         for link in links:

@@ -40,7 +40,7 @@ start_server() {
   export S3_ENDPOINT_URL=http://127.0.0.1:${port[0]}
   # The server follows this shell into the grave, whichever way it dies; a session of its own, since Ctrl-C at a terminal
   # goes to the whole group, and what is saved on the way out still needs the bucket.
-  GOMEMLIMIT=1GiB setsid setpriv --pdeathsig KILL weed mini -dir="$DATA" -ip=127.0.0.1 -ip.bind=127.0.0.1 \
+  GOMEMLIMIT=1GiB setsid setpriv --pdeathsig KILL weed -logtostderr=true mini -dir="$DATA" -ip=127.0.0.1 -ip.bind=127.0.0.1 \
     -s3.port="${port[0]}" -master.port="${port[1]}" -filer.port="${port[2]}" -volume.port="${port[3]}" \
     -admin.port="${port[4]}" -admin.ui=false -webdav=false -master.telemetry=false -s3.port.iceberg=0 \
     -s3.port.lance=0 -bucket="$S3_BUCKET_NAME" </dev/null >"$LAST/weed.log" 2>&1 &
@@ -94,7 +94,7 @@ with_server() {
   done
   log bucket "$S3_ENDPOINT_URL answers; data in $DATA"
   # Its own group of fate: COMMAND dies with this shell as the server does.
-  setpriv --pdeathsig TERM env --default-signal=INT "$@" <&3 3<&- 8>&- &
+  setpriv --pdeathsig TERM env --default-signal=INT "$@" <&3 3<&- 9>&- &
   CHILD=$!
   wait "$CHILD" || rc=$?
   return "$rc"
@@ -127,8 +127,7 @@ main() {
   dir=$(cd "$dir" && pwd)
   LAST=$dir DATA=$dir/data
   exec 3<&0
-  exec 8>"$dir/.lock"
-  flock -n 8 || die 1 "another server uses $dir" 'one server a folder' 'wait for it, or name another folder'
+  hold "$dir/.lock" "another server uses $dir" 'one server a folder' "${*##"$ROOT"/}${RUN_NAME:+ $RUN_NAME}"
   mkdir -p "$DATA"
   with_server "$@"
 }

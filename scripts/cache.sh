@@ -3,7 +3,8 @@
 # What the store of models on this machine holds: which versions, how large, how long unused, used by what; and what is
 # half-fetched. --evict takes versions away: all of a name, the one whose digest begins so, or all that nobody uses. One
 # that is used stays: a link points at it, a reader holds it, or another machine linked it in the last day.
-# Settings: WMTP_CACHE_DIR (default /cache/models, where it is there) WMTP_APP_ROOT (its models/ has the links)
+# Settings: WMTP_CACHE_DIR (default /cache/models, where it is there) WMTP_APP_ROOT (its models/ has the links; default /app,
+#   and where that has none, the mini-test's)
 # Standard output: a table, or with --json a line a version. Exit codes: 0 done, 1 what was to go is used, 2 bad input.
 set -Eeuo pipefail
 shopt -s inherit_errexit
@@ -26,7 +27,7 @@ evict_wanted() {
 }
 
 main() {
-  local json=() evict='' folder
+  local json=() evict='' folder app
   while (($#)); do
     case $1 in
       -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
@@ -37,7 +38,10 @@ main() {
   done
   need_cmd python
   need_cmd flock 'Linux: apt-get install util-linux'
-  MODELS=$(realpath -ms -- "${WMTP_APP_ROOT:-/app}")/models
+  app=${WMTP_APP_ROOT:-/app}
+  # Where no node's folder is, that of the mini-test.
+  if [[ ! -d $app/models && -z ${WMTP_APP_ROOT:-} ]]; then app=$ROOT/build/minitest/app; fi
+  MODELS=$(realpath -ms -- "$app")/models
   choose_store "${WMTP_CACHE_DIR:-/cache/models}"
   [[ -d $STORE ]] || die 2 "$STORE is not there" 'a sync makes it' 'make sync, or set WMTP_CACHE_DIR or WMTP_APP_ROOT'
   log cache "$STORE, $(df --output=avail -B1000000 "$STORE" | tail -n 1 | tr -d ' ') MB free"

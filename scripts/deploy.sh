@@ -30,7 +30,7 @@ ASKED=(LAUNCHER RUN_NAME RESUME CONFIG RECIPE SET ALLOW MAX_HOURS BASE_IMAGE IMA
 rc=0
 took=()
 detail=()
-step=''
+step='' refused=0
 
 # again: the command that goes on.
 again() {
@@ -46,7 +46,13 @@ leave() {
   die "$2" "${STAGES[$1]} ended with $2" 'a stage starts only when the one before it is done' "mend it, then: $(again)"
 }
 
-told() { log "$(($1 + 1))/${#STAGES[@]}" "$(printf '%-9s %s %5s s   %s' "${STAGES[$1]}" ok "${took[$1]}" "${detail[$1]}")"; }
+told() {
+  local verdict=ok
+  if [[ -n ${WMTP_REFUSED:-} ]] && (($(wc -l <"$WMTP_REFUSED") > refused)); then
+    verdict=refuses refused=$(wc -l <"$WMTP_REFUSED")
+  fi
+  log "$(($1 + 1))/${#STAGES[@]}" "$(printf '%-9s %s %5s s   %s' "${STAGES[$1]}" "$verdict" "${took[$1]}" "${detail[$1]}")"
+}
 
 # stage INDEX COMMAND…: one stage as a child; its standard output is the artifact, in OUT.
 stage() {
@@ -67,21 +73,11 @@ dry_run() {
   if ((rc || ended_by)); then
     grep -E -A2 'FAIL' "$HERE/dryrun.log" >&2 || cat "$HERE/dryrun.log" >&2
     if [[ ${DRY_RUN:-} != 1 ]] || ((ended_by)); then leave 0 "$rc"; fi
-    log deploy "would refuse: the dry run ended with $rc"
+    refuse "$rc" "the dry run ended with $rc: $(grep -c 'FAIL ' "$HERE/dryrun.log" || true) FAIL"
   fi
-  grep -E '^ *warn' "$HERE/dryrun.log" >&2 || true
+  grep -E '^ *(warn|not checked)' "$HERE/dryrun.log" >&2 || true
   said=$(grep -oE '[0-9]+ ok, .* FAIL' "$HERE/dryrun.log" | tail -n 1 || true)
   took[0]=$((SECONDS - $1)) detail[0]="$said; $HERE/dryrun.log"
-}
-
-lock() {
-  local holder
-  exec 9>>"$HERE/.deploy.lock"
-  if ! flock -n 9; then
-    holder=$(tail -n 1 "$HERE/.deploy.lock")
-    die 1 "another deploy of $ENV is at work: ${holder:-not known}" 'one at a time deploys an ENV' 'wait for it, or stop that process'
-  fi
-  printf 'process %s of %s since %s, %s\n' $$ "$(id -un)" "$(date -u +%FT%TZ)" "$ALGO" >"$HERE/.deploy.lock"
 }
 
 main() {
@@ -102,8 +98,12 @@ main() {
   export -n REGISTRY_TOKEN 2>/dev/null || true
   HERE=build/$ENV
   mkdir -p "$HERE" 2>/dev/null || die 10 "$HERE can't be written" 'a stage hands its results on there' 'make it writable'
-  lock
+  hold "$HERE/.deploy.lock" "another deploy of $ENV is at work" 'one at a time deploys an ENV' "$ALGO"
   watch_signals
+  if [[ ${DRY_RUN:-} == 1 ]]; then
+    export WMTP_REFUSED=$ROOT/$HERE/.refused
+    : >"$WMTP_REFUSED"
+  fi
   log deploy "$ENV, $ALGO -> run $NAME on $LAUNCHER"
   # What the last stages need is known now, not after a build.
   use_launcher "$LAUNCHER"
@@ -120,7 +120,7 @@ main() {
   detail[3]=${OUT:+run $OUT}
   if [[ ${DRY_RUN:-} == 1 ]]; then
     told 3
-    log deploy "nothing was changed; would then follow the run to its tenth step. To do it: $(again)"
+    rehearsed
     return 0
   fi
   told 3

@@ -25,6 +25,10 @@ stage() {
   log minitest "$name"
   run_child "$@" >"$RUN_DIR/$name.out"
   ((rc)) || rc=$ended_by
+  if ((ended_by)); then
+    log minitest "interrupted in $name after $((SECONDS - began)) s; the same command goes on"
+    exit "$rc"
+  fi
   ((rc == 0)) || die "$rc" "$name ended with $rc after $((SECONDS - began)) s" 'a stage starts only when the one before it is done' \
     'see the lines above, then the same command: it goes on'
   seconds[$name]=$((SECONDS - began))
@@ -105,8 +109,7 @@ main() {
   log minitest "$RUN_NAME: models, bucket, dry run, sync, vocabularies, training on this machine"
   mkdir -p "$BUILD" 2>/dev/null || die 10 "$BUILD can't be written" 'the run keeps its files there' 'make it writable'
   need_room
-  exec 9>"$BUILD/.lock"
-  flock -n 9 || die 1 "another minitest runs in $BUILD" 'one at a time: they share the folder' 'wait for it, or stop it'
+  hold "$BUILD/.lock" "another minitest runs in $BUILD" 'one at a time: they share the folder' "$RUN_NAME"
   start_afresh
   make_app
   watch_signals

@@ -97,7 +97,7 @@ main() {
       *) names+=("$1") && shift ;;
     esac
   done
-  [[ -n $FROM ]] || die 2 'no folder to publish from' '--from DIR' 'make publish-models FROM=tests/test_models'
+  [[ -n $FROM ]] || die 2 'no folder to publish from' '--from DIR' 'make publish-models FROM=/path/to/models NAMES=llama-7b-mtp'
   [[ -d $FROM ]] || die 2 "$FROM is not a folder" '--from names the folder that holds the model folders' 'name another'
   [[ $KIND == models || $KIND == datasets ]] || die 2 "--as '$KIND'" 'models or datasets' 'scripts/publish_models.sh --help'
   transfer_settings

@@ -10,6 +10,8 @@ STAGE=resume
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/run.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+# shellcheck source=scripts/lib/create.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/create.bash"
 
 main() {
   no_arguments "${BASH_SOURCE[0]}" "$@"

@@ -17,6 +17,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/settings.bash"
 # shellcheck source=scripts/lib/run.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+# shellcheck source=scripts/lib/create.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/create.bash"
 
 # pushed_image: the digest that push kept, of this revision.
 pushed_image() {
@@ -68,10 +70,15 @@ main() {
   if [[ $ENV == production && ${DRY_RUN:-} != 1 ]]; then
     render+=(--receipt "$RUN_DIR/preflight.json")
   elif [[ $ENV == production && ! -e $RUN_DIR/preflight.json ]]; then
-    log submit "would refuse: no dry run of $NAME is here (next: make dryrun ENV=$ENV ALGO=$ALGO)"
+    refuse 2 "no dry run of $NAME is here" 'production is submitted where one has passed' "make dryrun ENV=$ENV ALGO=$ALGO"
   fi
   log submit "$NAME"
-  python -m wmtp.runfile "${render[@]}" --output "$file" >"$RUN_DIR/.summary.$$" || exit 2
+  if ! python -m wmtp.runfile "${render[@]}" --output "$file" >"$RUN_DIR/.summary.$$"; then
+    rm -f -- "$RUN_DIR/.summary.$$"
+    [[ ${DRY_RUN:-} == 1 ]] || exit 2
+    refuse 2 'the run file can'"'"'t be made (lines above)'
+    return 0
+  fi
   sed 's/^/submit    /' "$RUN_DIR/.summary.$$" >&2
   rm -f -- "$RUN_DIR/.summary.$$"
   launcher_open

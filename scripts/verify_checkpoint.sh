@@ -32,6 +32,11 @@ choose_run() {
   local environment=${ENV:-${NAME%%-*}}
   [[ $environment =~ ^(test|minitest|production)$ ]] || environment=production
   choose_settings "$environment" ''
+  # A run of this machine: the mini-test's bucket is embedded, its data are here.
+  if [[ $LAUNCHER == local && $ENV == minitest && -z ${S3_ENDPOINT_URL:-} && -d $ROOT/build/bucket/data ]]; then
+    rm -rf -- "$TEMP"
+    RUN_ID=$NAME exec "$ROOT/scripts/bucket.sh" run "$ROOT/build/bucket" -- "${BASH_SOURCE[0]}" "${ARGUMENTS[@]}"
+  fi
 }
 
 read_configuration() {
@@ -95,6 +100,7 @@ fetch() {
 }
 
 main() {
+  local -a ARGUMENTS=("$@")
   local rc=0 began=${EPOCHREALTIME/,/.} staging KEEP='' FROM='' MANIFEST='' FILES=0 BYTES=0
   case ${1:-} in
     -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;

@@ -12,6 +12,8 @@ STAGE=watch
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 # shellcheck source=scripts/lib/run.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/run.bash"
+# shellcheck source=scripts/lib/create.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/create.bash"
 # shellcheck source=scripts/lib/follow.bash
 source "$(dirname "${BASH_SOURCE[0]}")/lib/follow.bash"
 
@@ -40,7 +42,7 @@ again() {
       fi
       ;;
     *)
-      WHY="it failed by its own fault (code $code): $(printf '%s\n' "$@" | grep 'FAIL  ' | tail -n 1 | sed 's/.*FAIL  //' | cut -c1-120)"
+      WHY="it failed by its own fault (code $code): $(printf '%s\n' "$@" | grep 'FAIL  ' | tail -n 1 | sed 's/.*FAIL  //' | cut -c1-300)"
       return 1
       ;;
   esac

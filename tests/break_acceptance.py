@@ -111,7 +111,7 @@ BREAKAGES = (
     ),
     Breakage(
         "a run a press",
-        "scripts/lib/run.bash",
+        "scripts/lib/create.bash",
         r"  NUMBER=\$\(live_of \"\$known\"\)\n",
         "  known='' NUMBER=''\n",
         ("S3.0",),

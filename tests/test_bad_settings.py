@@ -1171,7 +1171,7 @@ def test_no_key_of_the_reference_takes_a_value_of_another_type(path: Path, text:
     assert len(keys) > 35 and set(keys) - fits <= told
 
 
-@hypothesis.settings(max_examples=250, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=120, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(data=st.data(), pair=st.sampled_from(shipped_pairs()), twice=st.booleans())
 def test_a_change_at_random_is_refused_by_name_or_taken_as_it_stands(
     data: st.DataObject, pair: tuple[Path, Path], twice: bool, tmp_path_factory: pytest.TempPathFactory

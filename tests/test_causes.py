@@ -35,10 +35,9 @@ from wmtp.vocab import VocabError
 
 
 @pytest.fixture(scope="module")
-def app_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def app_of_all(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     app = tmp_path_factory.mktemp("app")
-    command: list[str | Path] = [sys.executable, ROOT / "tests/test_models/generate.py", "--out", app / "models"]
-    subprocess.run(command, check=True, cwd=ROOT)
+    (app / "models").symlink_to(models)
     (app / "mlruns_test").mkdir()  # a new store takes seconds
     return app
 
@@ -435,6 +434,20 @@ def test_the_next_command_is_about_the_configuration_of_the_run(tmp_path: Path, 
     facts = {"env": "minitest", "algo": "rho1-wmtp", "launcher": "vessl"}
     found = explain(record(tmp_path / "r", exit_json=ended, facts_json=facts), End(code, TRAINED))
     assert found["next"].endswith(" ENV=minitest ALGO=rho1-wmtp LAUNCHER=vessl")
+
+
+def test_the_dry_run_that_is_next_has_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SET", "data.max_length=0 seed=2")
+    ended = {"code": 2, "step": 1, "cause": "x", "class": "configuration"}
+    found = explain(record(tmp_path / "r", exit_json=ended, facts_json={"env": "minitest"}), End(2, TRAINED))
+    assert found["next"] == 'make dryrun ENV=minitest SET="data.max_length=0 seed=2"'
+
+
+@pytest.mark.parametrize(("launcher", "told"), [("local", "told to end"), ("vessl", "preempted")])
+def test_a_persons_own_machine_is_not_preempted(tmp_path: Path, launcher: str, told: str) -> None:
+    ended = {"code": 75, "step": 5, "cause": "SIGTERM", "class": "preempted"}
+    folder = record(tmp_path / "r", exit_json=ended, facts_json={"env": "minitest", "launcher": launcher})
+    assert causes.paragraph(explain(folder, End(75, TRAINED))).startswith(f"r stopped: {told}, in ")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,22 @@ def test_a_run_that_goes_on_keeps_what_is_ahead_of_its_mirror(tmp_path: Path, pr
     assert "gone" not in objects(prefix)
 
 
+def test_a_record_whose_steps_lie_with_the_checkpoints_is_pulled(tmp_path: Path, prefix: str) -> None:
+    here, checkpoints = tmp_path / "here", tmp_path / "checkpoints"
+    here.mkdir()
+    checkpoints.mkdir()
+    (checkpoints / "steps.jsonl").write_text("1\n2\n")
+    (here / "steps.jsonl").symlink_to(checkpoints / "steps.jsonl")
+    assert Mirror(here, prefix, STORAGE).push()
+    (checkpoints / "steps.jsonl").write_text("1\n2\n3\n")
+    assert Mirror(here, prefix, STORAGE).pull(keep=True)
+    assert (here / "steps.jsonl").read_text() == "1\n2\n3\n"
+    (checkpoints / "steps.jsonl").write_text("1\n")
+    assert Mirror(here, prefix, STORAGE).pull(keep=True)
+    # What is fetched takes the link's place, and writes nothing through it.
+    assert (here / "steps.jsonl").read_text() == "1\n2\n" and (checkpoints / "steps.jsonl").read_text() == "1\n"
+
+
 def test_nothing_there_is_no_error_and_no_bucket_is(
     tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,8 +150,11 @@ def test_nothing_there_is_no_error_and_no_bucket_is(
         Mirror(tmp_path, prefix, STORAGE).pull()
 
 
-def test_a_marker_that_climbs_is_refused(tmp_path: Path, prefix: str) -> None:
-    (tmp_path / RECORD).write_text('{"files": {"../x": 1}}')
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "a/..", "/etc/x", "link/x"])
+def test_a_marker_that_climbs_is_refused(tmp_path: Path, prefix: str, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    (tmp_path / RECORD).write_text(json.dumps({"files": {name: 1}}))
     Remote(prefix, STORAGE).s5cmd("cp", str(tmp_path / RECORD), f"{prefix}/{RECORD}")
     with pytest.raises(DamagedError, match="climbs out"):
         Mirror(tmp_path / "in", prefix, STORAGE).pull()

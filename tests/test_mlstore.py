@@ -416,6 +416,7 @@ def test_a_bucket_that_does_not_answer_is_11(
     assert "FAIL" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_kills_at_random_moments_leave_a_readable_record(prefix: str) -> None:
     done = subprocess.run(
         [sys.executable, HERE / "kill_tracker.py", "--kills", "3", "--prefix", prefix],

@@ -21,6 +21,7 @@ from wmtp.headers import Folder
 from wmtp.manifest import create
 from wmtp.memory import GIB, Peak
 from wmtp.model import ModelSpec
+from wmtp.optim import steps_told, total_steps
 from wmtp.preflight import FAIL, NOT, OK, WARN, Finding
 from wmtp.preflight_torch import Model, Models
 from wmtp.weights import read_spec
@@ -419,3 +420,12 @@ def test_one_recipes_surprise_hides_no_other_finding(capsys: pytest.CaptureFixtu
     assert found[0]["verdict"] == FAIL and "none.yaml" in found[0]["detail"]
     assert {f["subject"] for f in found if f["verdict"] == NOT} >= {"model llama-7b-mtp", "model starling-rm-7b"}
     assert all("shapes assumed" in f["detail"] for f in found if f["subject"].startswith("model "))
+
+
+def test_what_ends_a_run_is_told_where_it_is_not_the_steps_that_were_asked_for() -> None:
+    recipe = settings.load_recipe(
+        ROOT / "configs/recipe.baseline_mtp.yaml", ["train.max_steps=100", "train.num_epochs=1"]
+    )
+    assert steps_told(total_steps(4000, 4, recipe), recipe) == "100 steps"
+    told = "10 steps: train.num_epochs (1) of the data end before train.max_steps (100)"
+    assert steps_told(total_steps(40, 4, recipe), recipe) == told

@@ -6,13 +6,15 @@ from hashlib import md5
 from pathlib import Path
 
 import pytest
+import torch
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from wmtp import manifest, publish
 from wmtp.manifest import ManifestError
-from wmtp.publish import Publish, fact, hash_both, main
+from wmtp.publish import Publish, cut_off, fact, hash_both, main
 
 PREFIX = "s3://b/models/m"
 MIB = 2**20
@@ -79,6 +81,36 @@ class Bucket:
         ]
         (self.work / "objects").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return Publish(self.work, self.folder, PREFIX, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "why"),
+    [
+        ("model.safetensors", False, "deserializing"),
+        ("consolidated.pth", False, "directory"),
+        ("model.safetensors", True, ""),
+        ("consolidated.pth", True, ""),
+    ],
+)
+def test_weights_that_were_cut_off_are_not_published(tmp_path: Path, name: str, whole: bool, why: str) -> None:
+    file = tmp_path / "m" / name
+    file.parent.mkdir()
+    state = {"w": torch.zeros(1000)}
+    if name.endswith(".pth"):
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    if not whole:
+        os.truncate(file, file.stat().st_size - 50)
+    assert why in cut_off(file) and bool(cut_off(file)) is not whole
+    (tmp_path / "work").mkdir()
+    assert main(["survey", str(tmp_path / "work"), str(tmp_path / "m"), PREFIX]) == (0 if whole else 13)
+
+
+def test_a_pointer_of_a_large_file_is_no_weights(tmp_path: Path) -> None:
+    for name in ("a.bin", "a.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13\n")
+        assert cut_off(tmp_path / name)
 
 
 FILES = {"a": b"content", "s p/ü*": b"", "big": bytes(range(256)) * 24000}

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,23 @@ def test_facts_say_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["run"], facts["revision"], facts["world"], facts["algo"]) == ("r", "abc", 2, "baseline-mtp")
     assert facts["config"]["seed"] == config.seed and facts["versions"]["torch"]
     assert record.tags_of(facts)["mlflow.source.git.commit"] == "abc"
+
+
+def test_the_revision_says_whether_a_commit_has_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.delenv("WMTP_REVISION", raising=False)
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "src" / "wmtp" / "record.py"))
+    config, recipe = settings.load_pair(Path(PAIR[1]), Path(PAIR[3]), [], env="test")
+    assert record.facts_of("r", config, recipe, env="test")["revision"] is None
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "one")
+    commit = git("rev-parse", "HEAD").strip()
+    assert record.facts_of("r", config, recipe, env="test")["revision"] == commit
+    (tmp_path / "new.py").write_text("")
+    assert record.facts_of("r", config, recipe, env="test")["revision"] == f"{commit}-dirty"
 
 
 def test_facts_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,8 @@ def test_the_markdown_has_the_same_facts_and_its_pictures_beside_it(folder: Path
         "2.0 MB in 10 s",
         "20.0 % of these seconds",
         "a &lt;tag> & 7 \\| 8",
+        "| effective sample size, a share of the tokens | 0.800 -> 0.800 (medians of the first and last 6 steps) |",
+        "| mean weight of head 3 | 1.000 -> 1.000",
     ):
         assert known in text, known
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
@@ -180,6 +182,11 @@ def test_remarks_of_another_encoding_are_shown_as_far_as_they_can_be_read(folder
         ({"launcher": "docker"}, "make deploy ENV=minitest LAUNCHER=docker ALGO=rho1-wmtp RUN_NAME=test-run-again"),
         ({"launcher": "local"}, "make minitest ALGO=rho1-wmtp RUN_NAME=test-run-again"),
         ({"env": "test", "launcher": "local"}, "make train ALGO=rho1-wmtp RUN_NAME=test-run-again"),
+        (
+            {"revision": "abc1234-dirty"},
+            "# Its tree had changes that no commit has: they are not in what this checks out.\n"
+            "git checkout abc1234 && make deploy ENV=minitest ALGO=rho1-wmtp RUN_NAME=test-run-again",
+        ),
         ({"set": "optim.lr=0.1 seed=3"}, 'RUN_NAME=test-run-again SET="optim.lr=0.1 seed=3"'),
     ],
 )

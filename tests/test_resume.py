@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from runs import ROOT
 
-from wmtp.config import load_pair
+from wmtp.config import flat, load_pair
 from wmtp.outcome import BadInput
-from wmtp.resume import flat, made_of, refuse_changes
+from wmtp.resume import made_of, refuse_changes
 
 FILES = (ROOT / "configs/config.local_minitest.yaml", ROOT / "tests/configs/recipe.rho1_wmtp.yaml")
 

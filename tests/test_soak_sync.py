@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from soak_sync import Watcher, wrong
 
 from wmtp.manifest import COMPLETE, MANIFEST, create, load_manifest
@@ -15,6 +16,7 @@ from wmtp.manifest import COMPLETE, MANIFEST, create, load_manifest
 SOAK = Path(__file__).with_name("soak_sync.py")
 
 
+@pytest.mark.long
 def test_five_kills_of_the_sync_leave_nothing_half_done(prefix: str) -> None:
     # Of this seed each phase is aimed at, and no round begins with a publish, which takes as long as all else.
     command = [sys.executable, str(SOAK), "--kills", "5", "--kills-only", "--seed", "112"]

@@ -48,6 +48,8 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, what: str) -> None:
     with pytest.raises(DataError) as error:
         read_records(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}/a.jsonl:2: {what}")
+    rule = "each line of a .jsonl is one JSON object" if what.startswith("is ") else "a record has texts under prompt"
+    assert f"\n  rule: {rule}" in str(error.value)
 
 
 def test_a_source_without_records_is_refused(tmp_path: Path) -> None:

@@ -70,9 +70,10 @@ def kill_when(run: Run, there: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize(
-    "algorithm", [pytest.param(a, marks=[] if a == "critic-wmtp" else pytest.mark.long) for a in ALGORITHMS]
+    ("algorithm", "kills"),
+    [("critic-wmtp", 1), *(pytest.param(a, 3, marks=pytest.mark.long) for a in ALGORITHMS)],
 )
-def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, algorithm: str) -> None:
+def test_killed_and_resumed_gives_the_same_losses(app: Path, algorithm: str, kills: int) -> None:
     seeded = random.Random(f"moments of {algorithm}")
     sets = ("paths.checkpoints.save_interval=3", "pretrain.max_steps=7", "paths.checkpoints.save_final=false")
     whole = Run(app, algorithm, "whole", *sets).whole()
@@ -89,7 +90,7 @@ def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, al
             stepped(cut, "Step", seeded.randint(4, 10)),
         ],
     }[algorithm]
-    for moment in moments:
+    for moment in moments[-kills:]:
         kill_when(cut, moment)
     cut.whole()
     assert len(whole.losses()) == 12 and cut.losses() == whole.losses()
@@ -98,7 +99,7 @@ def test_killed_at_three_moments_and_resumed_gives_the_same_losses(app: Path, al
     assert made_of["train.algo"] == algorithm and len(made_of["data"]) == 64 and made_of["rows_per_step"] == 4
     assert [path.name for path in cut.base.glob(".scores/*-*")] == [made_of["scores"]] * (algorithm != "baseline-mtp")
     if algorithm != "baseline-mtp":
-        assert "blocks were done before" in cut.log()
+        assert "blocks were done before" in cut.log() or kills == 1
         weights = [record["w_ess"] for record in whole.records()]
         assert weights[0] == 1 or algorithm == "critic-wmtp"
         assert all(0 < w < 1 for w in weights[1:])

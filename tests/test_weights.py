@@ -282,6 +282,9 @@ def test_generator_is_idempotent_and_repeats_bit_for_bit(models: Path, tmp_path:
     (tmp_path / "test-llama" / "model.safetensors").write_bytes(b"old")
     generate.generate(tmp_path)
     assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
+    os.truncate(tmp_path / "test-llama" / "model.safetensors", 1000)  # a person tries what happens
+    generate.generate(tmp_path)
+    assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,19 @@ die() {
   exit "$code"
 }
 
-# refuse CODE WHAT [RULE] [NEXT]: what ends a stage, but not a rehearsal of it: DRY_RUN=1 says so and goes on.
+# refuse CODE WHAT [RULE] [NEXT]: what ends a stage, but not a rehearsal of it: DRY_RUN=1 says so and goes on. A deploy counts
+# what is refused, in WMTP_REFUSED.
 refuse() {
   [[ ${DRY_RUN:-} == 1 ]] || die "$@"
   log "$STAGE" "would refuse: $2${4:+ (next: $4)}"
+  if [[ -n ${WMTP_REFUSED:-} ]]; then printf '%s\n' "$2" >>"$WMTP_REFUSED"; fi
+}
+
+# hold FILE WHAT RULE WORK: locked as descriptor 9 until this process and its children end; a second one is told whose it is.
+hold() {
+  exec 9>>"$1"
+  flock -n 9 || die 1 "$2: $(tail -n 1 "$1" | grep . || echo 'not known')" "$3" 'wait for it, or stop that process'
+  printf 'process %s of %s since %s, %s\n' $$ "$(id -un)" "$(date -u +%FT%TZ)" "$4" >"$1"
 }
 
 # filled NAME: whether the variable holds anything; its value is in no trace of `bash -x`.

@@ -46,7 +46,7 @@ evidence_sync() {
   export WMTP_APP_ROOT=$AT/first WMTP_CACHE_DIR=$AT/volume WMTP_STORAGE_RETRY_WAIT_S=1
   mkdir -p "$AT/from/$name" "$AT/volume"
   echo '{"vocab_size": 32000}' >"$AT/from/$name/config.json"
-  for part in 1 2 3 4; do head -c 64000000 /dev/urandom >"$AT/from/$name/model-0000$part-of-00004.safetensors"; done
+  for part in 1 2 3 4; do head -c 64000000 /dev/urandom >"$AT/from/$name/pytorch_model-0000$part-of-00004.bin"; done
   scripts/publish_models.sh --from "$AT/from" --force "$name"
   scripts/sync_models.sh --model "$name" >"$AT/first.out" 2>"$AT/first.err"
   (cd "$AT/volume" && find . -mindepth 2 -maxdepth 2 -name .complete -printf '%P\n') >"$AT/marker"
@@ -54,14 +54,14 @@ evidence_sync() {
   began=$EPOCHREALTIME
   scripts/sync_models.sh --model "$name" >"$AT/second.out"
   awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN {print b - a}' >"$AT/second.seconds"
-  aws --endpoint-url "$S3_ENDPOINT_URL" s3 rm --quiet "s3://$S3_BUCKET_NAME/models/$name/model-00001-of-00004.safetensors"
+  aws --endpoint-url "$S3_ENDPOINT_URL" s3 rm --quiet "s3://$S3_BUCKET_NAME/models/$name/pytorch_model-00001-of-00004.bin"
   mkdir "$AT/other"
   WMTP_APP_ROOT=$AT/third WMTP_CACHE_DIR=$AT/other expect "$AT/broken.rc" scripts/sync_models.sh --model "$name" 2>"$AT/broken.err"
   # The same bytes in number, others in content.
   mkdir -p "$AT/from/acceptance-damaged"
-  head -c 2000000 /dev/urandom >"$AT/from/acceptance-damaged/model.safetensors"
+  head -c 2000000 /dev/urandom >"$AT/from/acceptance-damaged/pytorch_model.bin"
   scripts/publish_models.sh --from "$AT/from" --force acceptance-damaged
-  head -c 2000000 /dev/zero | "$(s5cmd_bin)" pipe "s3://$S3_BUCKET_NAME/models/acceptance-damaged/model.safetensors"
+  head -c 2000000 /dev/zero | "$(s5cmd_bin)" pipe "s3://$S3_BUCKET_NAME/models/acceptance-damaged/pytorch_model.bin"
   WMTP_APP_ROOT=$AT/third WMTP_CACHE_DIR=$AT/other expect "$AT/damaged.rc" scripts/sync_models.sh --model acceptance-damaged
   rm -rf -- "$AT"/{from,volume,first,second,third,other}
 }

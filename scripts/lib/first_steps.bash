@@ -1,4 +1,4 @@
-# Deploy's last stages: follow and report. Sourced by deploy.sh only.
+# Deploy's last stages: follow and report, and how a rehearsal ends. Sourced by deploy.sh only.
 # shellcheck shell=bash disable=SC2154  # what it reads is set by the script that sources it
 
 # follow: until the tenth step (or the last, where there are fewer), or the first failure.
@@ -45,4 +45,20 @@ report() {
     for index in "${!took[@]}"; do printf '| %s | %s |\n' "${STAGES[index]}" "${took[index]}"; done
   } >"$RUN_DIR/.report.md"
   mv -f -- "$RUN_DIR/.report.md" "$RUN_DIR/report.md"
+}
+
+# rehearsed: what a rehearsal found, once each, and what the run would take at most.
+rehearsed() {
+  local gpus kind hours
+  { read -r gpus && read -r kind && read -r hours; } < <(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" \
+    --get launcher.resources.gpus launcher.resources.gpu_type launcher.max_hours)
+  hours=${MAX_HOURS:-$hours}
+  log deploy "nothing was changed; would then follow the run to its tenth step, on $gpus x ${kind:-no GPU}, $(
+    if [[ -n $hours ]]; then awk -v g="$gpus" -v h="$hours" 'BEGIN {printf "for %g h at most: %g GPU-hours", h, g * h}'; else printf 'without a limit (MAX_HOURS=…)'; fi
+  )"
+  if [[ -s $WMTP_REFUSED ]]; then
+    log deploy "$(sort -u "$WMTP_REFUSED" | wc -l) things would refuse it:"
+    awk '!seen[$0]++ {print "          - " $0}' "$WMTP_REFUSED" >&2
+  fi
+  log deploy "To do it: $(again)"
 }

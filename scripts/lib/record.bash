@@ -4,20 +4,6 @@
 
 RECORD='' KIND='' BUCKET=0 PAGE=()
 
-# The newest of what it holds, in seconds; nothing where there is no such folder, or it is empty.
-newest_in() { find "$1" -maxdepth 1 -type f ! -name '.*' -printf '%T@\n' 2>/dev/null | sort -rn | head -n 1 || true; }
-
-# local_records [NAME]: `seconds<TAB>folder` of the runs that this machine made itself, newest first.
-local_records() {
-  local folder at
-  for folder in ${WMTP_APP_ROOT:+"$WMTP_APP_ROOT"/logs/${1:-*}} "$ROOT"/build/${ENV:-*}/app/logs/${1:-*} \
-    "$ROOT"/build/${ENV:-*}/${1:-*}/app/logs/${1:-*}; do
-    [[ -d $folder && ! -L ${folder%/app/logs/*} ]] || continue
-    at=$(newest_in "$folder")
-    if [[ -n $at ]]; then printf '%s\t%s\n' "$at" "$folder"; fi
-  done | sort -rn
-}
-
 # record_place NAME: BASE, the folder of all runs' checkpoints in the bucket, and the client; 1 where there is no bucket.
 BASE=''
 record_place() {

@@ -432,6 +432,7 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
     env, algo = facts["env"] or "production", facts["algo"]
     here = facts["launcher"] == "local" or env == "test"
     pair = f"ENV={env}{f' ALGO={algo}' if algo else ''}{launched(env, facts['launcher'])}"
+    chosen = f' SET="{os.environ["SET"]}"' if os.environ.get("SET") else ""
 
     def read(pattern: str) -> str:
         files = [path.name for path in record.named(pattern)]
@@ -446,7 +447,7 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
             return again(run, facts, keys, " ".join(keys))
         if setting(facts, "devices.fsdp.activation_ckpt") is False:
             return again(run, facts, {"devices.fsdp.activation_ckpt": "true"})
-        return f"make dryrun {pair}"
+        return f"make dryrun {pair}{chosen}"
     if kind == NUMERICS and isinstance(rate := setting(facts, "optim.lr"), int | float):
         return again(run, facts, {"optim.lr": f"{rate / 2:g}"}, "optim.lr")
     if kind == MODEL_FILES:
@@ -468,7 +469,7 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
                 published = str(uri).rstrip("/").rpartition("/")[2]
                 return f"make publish-models AS=datasets FROM=… NAMES={published} FORCE=1"
     if kind in (DATA, CONFIGURATION):
-        return f"make dryrun {pair}"
+        return f"make dryrun {pair}{chosen}"
     if kind == VOCABULARY:
         return f"make check-vocab {pair}"
     if kind == CREDENTIALS:
@@ -500,6 +501,7 @@ def explain(folder: Path, end: End) -> dict[str, Any]:
     first = of_rank[1] if of_rank else None
     return {
         "run": folder.name,
+        "launcher": _facts(record)["launcher"],
         "class": kind,
         "evidence": str(evidence)[:500],
         "phase": phase_of(record, end),
@@ -519,7 +521,9 @@ def paragraph(failure: Mapping[str, Any]) -> str:
     step, evidence = failure["step"], failure["evidence"]
     where = f"in {failure['phase']}" + (f" after step {step}" if step else "")
     if failure["code"] == RESUME_ME:
-        return f"{failure['run']} stopped: {failure['class']}, {where}, everything saved: {evidence}."
+        # Nobody takes a person's own machine away: it was Ctrl-C, or a kill.
+        kind = "told to end" if failure["launcher"] == "local" and failure["class"] == PREEMPTED else failure["class"]
+        return f"{failure['run']} stopped: {kind}, {where}, everything saved: {evidence}."
     shown = evidence if len(evidence) <= 300 else evidence[:299] + "…"
     out = [f"{failure['run']} failed: {failure['class']}, {where} (code {failure['code']}): {shown.rstrip('.')}."]
     if told := memory_told(failure["memory"]):

@@ -249,7 +249,8 @@ class Mirror:
             if not self.wants(name):
                 continue
             path = self.folder / name
-            if not path.resolve().is_relative_to(self.folder.resolve()):
+            # A file may be a link (`Recorder.steps`), which what is fetched replaces; a folder on the way may not.
+            if path.name == ".." or not path.parent.resolve().is_relative_to(self.folder.resolve()):
                 raise DamagedError(f"{self.remote.prefix}: {name!a} climbs out of its folder")
             here = path.stat().st_size if path.is_file() else -1
             same = here == size and digests.get(name) == _digest(path)

@@ -40,6 +40,22 @@ def total_steps(rows: int, per_step: int, recipe: settings.Recipe) -> int:
     return min(total, recipe.train.max_steps or total)
 
 
+def steps_told(total: int, recipe: settings.Recipe) -> str:
+    """``total`` of `total_steps`, and what ends the run where that is not train.max_steps."""
+    most = recipe.train.max_steps or total
+    if total == most:
+        return f"{total} steps"
+    return (
+        f"{total} steps: train.num_epochs ({recipe.train.num_epochs:g}) of the data end before train.max_steps ({most})"
+    )
+
+
+def plan_told(rows: int, per_step: int, total: int, recipe: settings.Recipe, ended: bool) -> str:
+    """What will be trained; a run that has ``ended`` early trains no more, whatever it was asked for."""
+    steps = f"{total} steps" if ended else steps_told(total, recipe)
+    return f"{rows} rows of {recipe.data.train.max_length}, {per_step} a step, {steps}"
+
+
 def learning_rate(step: int, total: int, recipe: settings.Recipe) -> float:
     """Share of the peak rate in step ``step`` (counted from 1) of ``total``: linear warm-up, then down to 0."""
     warmup = round(recipe.optim.warmup_ratio * total)

@@ -163,10 +163,15 @@ def local_path(uri: str, what: str) -> Path:
     """The folder that ``uri`` stands for; it must be there. A synced one is held: no eviction takes it from us."""
     folder = Path(PathResolver().local(uri, what))
     if not folder.is_dir():
+        model = what.startswith("paths.models")
         raise BadInput(
-            f"{what}: {folder} is not there; rule: models and data are on the disk before training; "
-            "next: scripts/sync_models.sh, or make train for ENV=test",
-            causes.MODEL_FILES if what.startswith("paths.models") else causes.DATA,
+            f"{what}: {folder} is not there; rule: models and data are on the disk before training; next: "
+            + (
+                "scripts/sync_models.sh, or make train for ENV=test"
+                if model
+                else f"name a folder that is there in {what}"
+            ),
+            causes.MODEL_FILES if model else causes.DATA,
         )
     if (folder / MARKER).is_file():
         folder = folder.resolve()  # a sync may put another version under the link while this one is read

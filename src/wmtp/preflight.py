@@ -92,16 +92,6 @@ def file_uris(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
-
-
 # ---- 1: configuration ----------------------------------------------------------------------------
 
 
@@ -130,7 +120,10 @@ def check_configuration(
         pairs.append(Pair(config_file, recipe_file, config, recipe))
         both = settings.resolved(config, recipe)
         origin = {**settings.origins(config), **settings.origins(recipe)}
-        rows = [{"key": key, "value": value, "from": source(origin, bare(key))} for key, value in flat(both).items()]
+        rows = [
+            {"key": key, "value": value, "from": source(origin, bare(key))}
+            for key, value in settings.flat(both).items()
+        ]
         resolved.append({"config": config_file, "recipe": recipe_file, "keys": rows})
         counts = Counter("default" if r["from"] == "default" else "named" for r in rows)
         variables = sorted({n for r in rows for n in named_variables(r["from"])})
@@ -274,7 +267,7 @@ def check_buckets(pair: Pair) -> Iterator[Finding]:
     config = pair.config
     rule = "models, checkpoints and MLflow of a run are in one bucket"
     named = {"storage.bucket": config.storage.bucket}
-    for key, uri in flat(settings.resolved(config, pair.recipe)).items():
+    for key, uri in settings.flat(settings.resolved(config, pair.recipe)).items():
         if isinstance(uri, str) and uri.startswith("s3://"):
             named[bare(key)] = uri.removeprefix("s3://").partition("/")[0]
     if os.environ.get("S3_BUCKET_NAME"):

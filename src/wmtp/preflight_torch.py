@@ -37,7 +37,7 @@ from wmtp.data import Tokenizer, load_tokenizer, pack, sides, text_digest, text_
 from wmtp.headers import Bucket, Folder, Source
 from wmtp.memory import GIB, MARGIN, Peak
 from wmtp.model import ModelError, ModelSpec
-from wmtp.optim import rows_per_step, total_steps
+from wmtp.optim import rows_per_step, steps_told, total_steps
 from wmtp.paths import PathResolver
 from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here
 from wmtp.runfile import MODEL_GB
@@ -375,7 +375,7 @@ def _counted(
         world = max(1, config.launcher.resources.gpus) if config.devices.distributed.enabled else 1
         per_step = rows_per_step(recipe, world)
         total = total_steps(len(rows) * every, per_step, recipe)
-        detail += f"; {len(rows) * every / per_step:.1f} steps an epoch, {total} in all"
+        detail += f"; {len(rows) * every / per_step:.1f} steps an epoch, in all {steps_told(total, recipe)}"
         if len(rows) * every < per_step:
             return Finding(
                 5,

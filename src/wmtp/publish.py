@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from safetensors import SafetensorError, safe_open
 
 from wmtp.manifest import CLAIM, MANIFEST, Manifest, ManifestError, document, load_manifest, walk, written
 from wmtp.staging import copy_line
@@ -125,6 +127,12 @@ class Publish:
         found = {path: fact(file.stat()) for path, file in walk(self.folder).items()}
         if not found:
             raise ManifestError(f"{self.folder} holds no file")
+        for path in found:
+            if lacks := cut_off(self.folder / path):
+                raise ManifestError(
+                    f"{self.folder / path} is no whole file of weights: {lacks}; rule: what is published can be "
+                    "loaded; next: fetch or export it again"
+                )
         # The limits of a manifest are known before anything is uploaded.
         document(self.name, [{"path": path, "bytes": f.bytes, "blake3": "0" * 64} for path, f in found.items()])
         return found
@@ -277,6 +285,27 @@ class Publish:
             raise ManifestError(f"{self.folder} changed while it was published: {', '.join(changed[:SHOWN])}")
         files = [{"path": p, "bytes": f.bytes, "blake3": self.hashes[p].blake3} for p, f in self.facts.items()]
         return written(document(self.name, files))
+
+
+def cut_off(path: Path) -> str:
+    """What a file of weights lacks by its own header or directory; empty where it is whole, or of another kind.
+
+    No weights are read: a shortened download, or the pointer of a large file's storage in its place, shows at once.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="np"):
+                return ""
+        except SafetensorError as error:
+            return str(error)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        with path.open("rb") as stream:
+            begins = stream.read(4)
+        if begins == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+            return "its directory, which is its end, is not there"
+        if begins == b"vers":
+            return "it is the pointer of a file that is stored elsewhere (git lfs pull)"
+    return ""
 
 
 def plain(text: str) -> str:

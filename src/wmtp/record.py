@@ -116,6 +116,11 @@ class StepRecord:
             self._told = True
 
 
+def _git(*words: str) -> str:
+    top = Path(__file__).parents[2]
+    return subprocess.run(["git", "-C", top, *words], capture_output=True, text=True, timeout=5).stdout.strip()
+
+
 def facts_of(
     run: str, config: settings.Config, recipe: settings.Recipe, *, env: str | None, **more: Any
 ) -> dict[str, Any]:
@@ -123,13 +128,7 @@ def facts_of(
     revision = os.environ.get("WMTP_REVISION")
     if not revision:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                capture_output=True,
-                text=True,
-                timeout=5,
-            )
-            revision = found.stdout.strip() or None
+            revision = (_git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")) or None
     whole = settings.resolved(config, recipe)
     known = {
         "run": run,

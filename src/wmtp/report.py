@@ -13,6 +13,7 @@ import argparse
 import base64
 import html
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from wmtp import plots, vitals
+from wmtp.config import flat
 from wmtp.ledger import MEANING, Ledger, bytes_from_bucket, ledger_of, price_of
-from wmtp.preflight import flat
 from wmtp.record import lines, read_json
 from wmtp.runfile import EGRESS_PER_GB
 
@@ -251,6 +252,30 @@ def template_rows(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
+WEIGHTS = {
+    "w_ess": "effective sample size, a share of the tokens",
+    "w_entropy": "entropy over a position's heads (1: even)",
+    "w_zeros": "share of the weights that are 0",
+}
+
+
+def weight_rows(run: Run) -> list[tuple[str, str, str]]:
+    """What the weights were at the beginning and at the end; nothing where all tokens weigh alike."""
+    if run.facts.get("algo") == "baseline-mtp" or not run.steps:
+        return []
+    some = min(10, -(-len(run.steps) // 2))
+    means = {k: f"mean weight of head {k[12:]}" for k in run.steps[-1] if k.startswith("w_mean_head_")}
+    rows = []
+    for key, what in {**means, **WEIGHTS}.items():
+        ends = [[s[key] for s in part if s.get(key) is not None] for part in (run.steps[:some], run.steps[-some:])]
+        if all(ends):
+            first, last = map(statistics.median, ends)
+            rows.append(
+                (what, f"{first:.3f} -> {last:.3f} (medians of the first and last {some} steps)", "steps.jsonl")
+            )
+    return rows
+
+
 def again(facts: dict[str, Any]) -> str:
     """The command that does the same under another name."""
     env, algo, name, launcher, chosen = (facts.get(key) for key in ("env", "algo", "run", "launcher", "set"))
@@ -261,7 +286,9 @@ def again(facts: dict[str, Any]) -> str:
         what = "make train"
     elif launcher == "local":
         what = "make minitest"
-    first = f"git checkout {facts['revision']} && " if facts.get("revision") else ""
+    commit, _, dirty = str(facts.get("revision") or "").partition("-")
+    first = "# Its tree had changes that no commit has: they are not in what this checks out.\n" if dirty else ""
+    first += f"git checkout {commit} && " if commit else ""
     return f"{first}{what} ALGO={algo} RUN_NAME={name}-again" + (f' SET="{chosen}"' if chosen else "")
 
 
@@ -348,7 +375,7 @@ def sections(run: Run, notes: str) -> list[Section]:
         speed.figures.append(("memory", plots.line_plot(run.steps, "memory_gib", "Memory of rank 0", "GiB")))
     if len(run.node) > 1:
         speed.figures.append(("node", plots.gpu_plot(run.node)))
-    weight = Section("Where the weight went")
+    weight = Section("Where the weight went", weight_rows(run))
     if facts.get("algo") == "baseline-mtp":
         weight.text = "baseline-mtp weighs all tokens alike: there is nothing to show."
     elif run.steps:
@@ -385,7 +412,7 @@ def compared(runs: list[Run]) -> list[Section]:
     rows: list[tuple[str, list[str]]] = [
         ("state", [r.state for r in runs]),
         ("algorithm", [figure(r.facts.get("algo")) for r in runs]),
-        ("revision", [figure(r.facts.get("revision"))[:12] for r in runs]),
+        ("revision", [re.sub(r"^(.{12})[^-]*", r"\1", figure(r.facts.get("revision"))) for r in runs]),
         ("steps", [str(len(r.steps)) for r in runs]),
         ("held-out loss", [learned(r) for r in runs]),
         ("held out per head, after", [heads(r.held_out()[1]) for r in runs]),

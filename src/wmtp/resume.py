@@ -15,20 +15,12 @@ FIXED = ("rows_per_step",)
 """What can't be allowed: which rows were seen is known by the number of the step."""
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
-
-
 def made_of(config: settings.Config, recipe: settings.Recipe, **facts: Any) -> dict[str, Any]:
     """Everything that the losses depend on, by its key; ``facts`` are those that no file names (digests, counts)."""
     both = settings.resolved(config, recipe)
     early = recipe.train.early_stopping.enabled or recipe.pretrain.early_stopping.enabled
     free = tuple(key for key in FREE if key != "eval." or not early)  # then a run ends by what is looked at
-    kept = {key: value for key, value in flat(both["recipe"]).items() if not key.startswith(free)}
+    kept = {key: value for key, value in settings.flat(both["recipe"]).items() if not key.startswith(free)}
     kept |= {"seed": config.seed, "devices.mixed_precision": config.devices.mixed_precision}
     if config.devices.compile:  # compiled kernels round otherwise
         kept["devices.compile"] = True

@@ -185,9 +185,9 @@ def _lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             try:
                 fields = json.loads(line.decode("utf-8"))
             except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                raise _bad(place, f"is not JSON ({error})") from error
+                raise _bad(place, f"is not JSON ({error})", ONE_OBJECT) from error
             if not isinstance(fields, dict):
-                raise _bad(place, f"is a {type(fields).__name__}, not an object")
+                raise _bad(place, f"is a {type(fields).__name__}, not an object", ONE_OBJECT)
             yield fields, place
 
 
@@ -265,10 +265,12 @@ def _field(fields: Mapping[str, Any], keys: Iterable[str], place: str) -> str:
     raise _bad(place, f"has neither {' nor '.join(map(repr, keys))}")
 
 
-def _bad(place: str, what: str) -> DataError:
-    return DataError(
-        f"{place}: {what}\n"
-        "  rule: a record has texts under prompt (or text) and solution (or code), or is HumanEval's (prompt, "
-        "canonical_solution) or CodeContests' (description, solutions)\n"
-        "  next: correct or remove it"
-    )
+ONE_OBJECT = "each line of a .jsonl is one JSON object"
+A_LAYOUT = (
+    "a record has texts under prompt (or text) and solution (or code), or is HumanEval's (prompt, canonical_solution) "
+    "or CodeContests' (description, solutions)"
+)
+
+
+def _bad(place: str, what: str, rule: str = A_LAYOUT) -> DataError:
+    return DataError(f"{place}: {what}\n  rule: {rule}\n  next: correct or remove it")

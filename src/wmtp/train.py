@@ -40,7 +40,7 @@ from wmtp.early import first_look, need_base, then_whole
 from wmtp.evaluation import held_out_ce, mean, show_weights, shown
 from wmtp.export import export_hf
 from wmtp.model import LMHead, ModelSpec, MTPModel, RewardModel, ValueHead, finish_meta, no_compiler, shard_units
-from wmtp.optim import adamw, learning_rate, rows_per_step, total_steps
+from wmtp.optim import adamw, learning_rate, plan_told, rows_per_step, total_steps
 from wmtp.outcome import (
     BAD_INPUT,
     DONE,
@@ -65,7 +65,7 @@ from wmtp.pretrain import pretrain_value_head
 from wmtp.ranks import Place
 from wmtp.record import Recorder, facts_of, tags_of
 from wmtp.remote import MARKER
-from wmtp.resume import flat, made_of, parts_of, refuse_changes
+from wmtp.resume import made_of, parts_of, refuse_changes
 from wmtp.scoring import load_scores
 from wmtp.step import Ahead, Share, Weighting, clip_gradients, figures_of, share_of, train_step
 from wmtp.tracking import Tracker
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         progress.phases.done("pretrain")
     total = step if state["ended"] else total_steps(len(rows.rows), per_step, recipe)
     say(
-        f"train     {len(rows.rows)} rows of {recipe.data.train.max_length}, {per_step} a step, {total} steps; "
+        f"train     {plan_told(len(rows.rows), per_step, total, recipe, state['ended'])}; "
         f"{f'goes on after step {step}' if step else f'ready after {time.monotonic() - stop.began:.0f} s'}"
     )
     facts = facts_of(
@@ -375,7 +375,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
         config.mlflow.experiment,
         name,
         tags={tag: "true" for tag in args.tags.split(",") if tag} | tags_of(facts),
-        params=flat({half: facts[half] for half in ("config", "recipe")}),
+        params=settings.flat({half: facts[half] for half in ("config", "recipe")}),
         state_file=checkpoints.folder / "mlflow.json",
         resumed=state["mlflow_run_id"],
         storage=config.storage,
