@@ -108,6 +108,7 @@ main() {
   # What the last stages need is known now, not after a build.
   use_launcher "$LAUNCHER"
   launcher_open
+  if [[ -n ${WMTP_REFUSED:-} ]]; then refused=$(wc -l <"$WMTP_REFUSED"); fi
   dry_run "$SECONDS"
   told 0
   stage 1 "$ROOT/scripts/build.sh"

@@ -6,7 +6,7 @@ In a block, a line that begins with `$ ` is a command, `> ` goes on with it, the
 hashes and spaces may differ; a line of `…` stands for any lines, `…` at the end of a line for its rest. A command fails
 only where its output shows `make: ***`. `export NAME=…` gets the value that this machine has. A block after
 `<!-- cluster -->` is shown on real parts by `make test-image`, one after `<!-- not run: WHY -->` by nobody: both are
-counted. After `<!-- new shell -->` nothing is exported any more. A command that was run before, in whichever file, is
+counted. After `<!-- new shell -->` nothing is exported any more, and there is no engine. A command that was run before, in whichever file, is
 not run again. All of it happens in a clone with a bucket of its own; `--show` prints the outputs.
 """
 
@@ -91,7 +91,7 @@ class Reader:
         self.bucket = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "S3_"))}
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         self.env |= {"CI": "true", "PYTHONPATH": str(clone / "src"), "COLUMNS": "80"}
-        self.fresh = dict(self.env)
+        self.fresh = self.env | {"DOCKER_HOST": "unix:///nowhere"}
         self.done: dict[str, tuple[int, list[str]]] = {}
 
     def export(self, text: str) -> None:

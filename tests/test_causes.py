@@ -448,6 +448,8 @@ def test_a_persons_own_machine_is_not_preempted(tmp_path: Path, launcher: str, t
     ended = {"code": 75, "step": 5, "cause": "SIGTERM", "class": "preempted"}
     folder = record(tmp_path / "r", exit_json=ended, facts_json={"env": "minitest", "launcher": launcher})
     assert causes.paragraph(explain(folder, End(75, TRAINED))).startswith(f"r stopped: {told}, in ")
+    word = "stopped" if launcher == "local" else "failed"
+    assert causes.paragraph(explain(folder, End(143, "ended with 143"))).startswith(f"r {word}: {told}, in prepare")
 
 
 @pytest.mark.parametrize(

@@ -520,12 +520,14 @@ def paragraph(failure: Mapping[str, Any]) -> str:
     """The failure in a few sentences, without the command."""
     step, evidence = failure["step"], failure["evidence"]
     where = f"in {failure['phase']}" + (f" after step {step}" if step else "")
+    ended, kind = "failed", failure["class"]
+    # Nobody takes a person's own machine away: it was Ctrl-C, or a kill.
+    if failure["launcher"] == "local" and kind == PREEMPTED:
+        ended, kind = "stopped", "told to end"
     if failure["code"] == RESUME_ME:
-        # Nobody takes a person's own machine away: it was Ctrl-C, or a kill.
-        kind = "told to end" if failure["launcher"] == "local" and failure["class"] == PREEMPTED else failure["class"]
         return f"{failure['run']} stopped: {kind}, {where}, everything saved: {evidence}."
-    shown = evidence if len(evidence) <= 300 else evidence[:299] + "…"
-    out = [f"{failure['run']} failed: {failure['class']}, {where} (code {failure['code']}): {shown.rstrip('.')}."]
+    shown = evidence if len(evidence) <= 450 else evidence[:449] + "…"
+    out = [f"{failure['run']} {ended}: {kind}, {where} (code {failure['code']}): {shown.rstrip('.')}."]
     if told := memory_told(failure["memory"]):
         out.append(f"Memory when last looked at: {told}.")
     others = [rank for rank in failure["ranks"] if rank != failure["first_rank"]]
