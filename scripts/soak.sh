@@ -135,6 +135,7 @@ main() {
     elif [[ $stage == long ]]; then
       OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- pytest -n 2 --dist worksteal -m long
       OMP_NUM_THREADS=1 tally scripts/bucket.sh run build/soak/bucket -- bats --filter-tags long bats
+      tally scripts/test_image.sh --long
       continue
     fi
     for signal in ${SIGNALS:-INT KILL}; do

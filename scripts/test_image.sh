@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Usage: scripts/test_image.sh [FILE.bats…]      (make test-image)
+# Usage: scripts/test_image.sh [--long] [FILE.bats…]      (make test-image)
 # The way to the cluster on real parts: two container engines, a registry with a login, the client of VESSL against a stub of
 # its API, an embedded bucket. As root on Debian or Ubuntu it installs what is missing and starts it all for itself alone, and
-# leaves no process and no mount; elsewhere it is skipped, with the reason.
+# leaves no process and no mount; elsewhere it is skipped, with the reason. What is marked `long` is left to make soak, which
+# says --long; of FILEs all is done.
 # Standard output: TAP, then `N passed, N failed`. Kept between runs: build/test-image/ (the first engine's layers).
 # Exit codes: 0 passed or skipped, 1 not, 3 something can't be installed, 11 an engine or the registry does not answer.
 set -Eeuo pipefail
@@ -16,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/engines.bash"
 
 HERE=$ROOT/build/test-image
 TEMP=''
-PIDS=() SUITES=()
+PIDS=() SUITES=() LONG=0
 
 skip() {
   log image "skipped: $1"
@@ -50,15 +51,16 @@ cleanup() {
 # waits for the client, which takes 1.5 s of one core a call.
 run_suites() {
   local -a groups=('bats/cluster/container.bats bats/cluster/image.bats bats/cluster/submit.bats' 'bats/cluster/deploy.bats bats/cluster/day.bats bats/cluster/runs.bats')
-  local -a suite=()
+  local -a suite=() filter=(--filter-tags '!long')
   local i rc=0
-  if (($#)); then groups=("$*"); fi
+  if (($#)); then groups=("$*") filter=(); fi
+  if ((LONG)); then filter=(--filter-tags long); fi
   rm -f "$HERE"/bats.*.log
   # Built once, so that the groups find its layers.
   ENV=minitest SET="launcher.image=$WMTP_REGISTRY/team/wmtp:latest" DOCKER_BUILDKIT=0 scripts/build.sh >/dev/null 9>&- || return
   for i in "${!groups[@]}"; do
     read -ra suite <<<"${groups[i]}"
-    setsid setpriv --pdeathsig TERM bats --tap --timing "${suite[@]}" </dev/null >"$HERE/bats.$i.log" 2>&1 9>&- &
+    setsid setpriv --pdeathsig TERM bats --tap --timing "${filter[@]}" "${suite[@]}" </dev/null >"$HERE/bats.$i.log" 2>&1 9>&- &
     SUITES+=("$!")
   done
   tail -q -n +1 -F --pid="$$" "$HERE"/bats.*.log 2>/dev/null 9>&- &
@@ -70,8 +72,10 @@ run_suites() {
 }
 
 main() {
+  local -a given=("$@")
   case ${1:-} in
     -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
+    --long) LONG=1 && shift ;;
   esac
   cd "$ROOT"
   local -a files=("$@")
@@ -81,7 +85,7 @@ main() {
   [[ ${ID:-} == debian || ${ID:-} == ubuntu ]] || skip "${ID:-this system} is neither Debian nor Ubuntu: their packages bring engine and registry"
   need_cmd python
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then
-    exec scripts/bucket.sh run build/test-image/bucket -- "$ROOT/scripts/test_image.sh" "$@"
+    exec scripts/bucket.sh run build/test-image/bucket -- "$ROOT/scripts/test_image.sh" "${given[@]}"
   fi
   local began=$SECONDS rc=0 passed failed
   export PATH=$PATH:/usr/sbin:/sbin

@@ -6,7 +6,8 @@ In a block, a line that begins with `$ ` is a command, `> ` goes on with it, the
 hashes and spaces may differ; a line of `…` stands for any lines, `…` at the end of a line for its rest. A command fails
 only where its output shows `make: ***`. `export NAME=…` gets the value that this machine has. A block after
 `<!-- cluster -->` is shown on real parts by `make test-image`, one after `<!-- not run: WHY -->` by nobody: both are
-counted. After `<!-- new shell -->` nothing is exported any more, and there is no engine. A command that was run before, in whichever file, is
+counted. After `<!-- new shell -->` nothing is exported any more, and there is no engine.
+A command that was run before, in whichever file, is
 not run again. All of it happens in a clone with a bucket of its own; `--show` prints the outputs.
 """
 
@@ -87,7 +88,7 @@ class Reader:
 
     def __init__(self, clone: Path) -> None:
         self.clone = clone
-        hidden = ("AWS_", "S3_", "PIP_", "WMTP_", "VIRTUAL_ENV", "MAKE", "MFLAGS", "ENV", "ALGO", "RUN_")
+        hidden = ("AWS_", "S3_", "PIP_", "WMTP_", "VIRTUAL_ENV", "MAKE", "MFLAGS", "ENV", "ALGO", "RUN_", "PYTEST_")
         self.bucket = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "S3_"))}
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         self.env |= {"CI": "true", "PYTHONPATH": str(clone / "src"), "COLUMNS": "80"}

@@ -31,6 +31,7 @@ deploy() { "$tree/scripts/deploy.sh" "$@" </dev/null; }
   [[ $(runs) == 1 && $stderr == *' 0 layers pushed, '* ]]
 }
 
+# bats test_tags=long
 @test "deploy: killed with -9 in each stage and repeated, it ends in one run and one digest" {
   local where pid i
   export SET="launcher.image=$WMTP_REGISTRY/team/killed:latest"
@@ -61,6 +62,7 @@ deploy() { "$tree/scripts/deploy.sh" "$@" </dev/null; }
   [[ ${#lines[@]} == 1 ]]
 }
 
+# bats test_tags=long
 @test "deploy: each fault of the service ends with a code and what to do" {
   fault fails-initializing
   run -1 --separate-stderr deploy

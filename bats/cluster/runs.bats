@@ -68,6 +68,7 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
   told_what_to_do
 }
 
+# bats test_tags=long
 @test "watch: a run that was preempted before it ran is submitted again, one that never could run is not" {
   ended failed
   sed -i 's/"status_reason": "[^"]*"/"status_reason": "Preempted by the cluster"/' "$stub/runs/7.json"
@@ -93,12 +94,14 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
   [[ $stderr == *'a person stopped it'* && $(runs) == 1 ]]
 }
 
+# bats test_tags=long
 @test "watch: a run that was told to end and saved is submitted again" {
   ended failed 'Step 3/12' 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
   run -0 --separate-stderr stage watch
   [[ $output == 8 && $stderr == *'told to end and saved'* ]]
 }
 
+# bats test_tags=long
 @test "stop: no answer is no success" {
   fault 401
   run -3 --separate-stderr stage stop
@@ -109,6 +112,7 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
   [[ $output == terminated && $(status_of 7) == terminated ]]
 }
 
+# bats test_tags=long
 @test "watch: a run that was stopped after its end, or ended elsewhere, is left alone" {
   ended terminated 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
   run -143 --separate-stderr stage watch

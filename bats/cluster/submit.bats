@@ -44,6 +44,7 @@ assert a == b, (a, b)' "$file" "$stub/runs/$NUMBER.yaml"
   [[ $(runs) == 6 ]]
 }
 
+# bats test_tags=long
 @test "submit: one run when two shells press at once" {
   submit >"$BATS_TEST_TMPDIR/one" 2>/dev/null 3>&- &
   local other=$!
@@ -61,6 +62,7 @@ assert a == b, (a, b)' "$file" "$stub/runs/$NUMBER.yaml"
   [[ $output == 8 && $(runs) == 2 ]]
 }
 
+# bats test_tags=long
 @test "submit: one run when it was killed after the service had created it" {
   fault hold-after-create
   (cd / && exec setsid "$tree/scripts/submit.sh") >/dev/null 2>&1 3>&- &
@@ -108,6 +110,7 @@ assert a == b, (a, b)' "$file" "$stub/runs/$NUMBER.yaml"
   [[ $output == *'does not exist'* && $(runs) == 0 ]]
 }
 
+# bats test_tags=long
 @test "submit: an ended run is started again with RESUME=1 only" {
   run -0 --separate-stderr submit
   "$repo/.venv/bin/python" -c 'import json, sys

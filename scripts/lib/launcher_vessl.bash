@@ -1,9 +1,7 @@
 # VESSL through its own client (design: only a printed run address proves a creation). To be sourced by run.bash.
 # shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
-CLIENT_HOME='' SAID=''
-# Not by its first line, which names the folder that it was installed in.
-VESSL=("$ROOT/.venv-vessl/bin/python" "$ROOT/.venv-vessl/bin/vessl")
+CLIENT_HOME='' CLIENT='' SAID=''
 
 launcher_name() { printf 'VESSL\n'; }
 launcher_said() { tail -n 1 <<<"$SAID" | cut -c1-200; }
@@ -20,19 +18,38 @@ launcher_open() {
   cmp -s "$ROOT/.venv-vessl/.installed" "$ROOT/requirements/vessl.txt" || "$ROOT/scripts/install_vessl.sh"
   CLIENT_HOME=$(mktemp -d)
   trap 'rm -rf -- "$CLIENT_HOME"' EXIT
+  start_client
 }
 
-# client ARGUMENTS…: what it printed, without colours, in SAID. From an empty folder and with a home of its own: a .env or a
-# git worktree in the caller's would lead it astray.
-client() {
-  local rc=0
+# start_client: from an empty folder and with a home of its own: a .env or a git worktree in the caller's would lead it astray.
+start_client() {
+  local -a ends=()
+  if command -v setpriv >/dev/null; then ends=(setpriv --pdeathsig KILL --); fi
+  mkfifo "$CLIENT_HOME/calls"
   (
     cd "$CLIENT_HOME" &&
       HOME=$CLIENT_HOME VESSL_DATA_COLLECTION_OPT_OUT=true ENABLE_SENTRY=false \
-        exec timeout -k 2 "${VESSL_TIMEOUT_S:-60}" "${VESSL[@]}" "$@" </dev/null
-  ) >"$CLIENT_HOME/.said" 2>&1 9>&- || rc=$? # with the lock of create_once: it is free when the client is gone, too
-  SAID=$(sed -E 's/\x1b\[[0-9;]*m//g' "$CLIENT_HOME/.said")
-  return "$rc"
+        exec "${ends[@]}" "$ROOT/.venv-vessl/bin/python" "$ROOT/scripts/lib/vessl_client.py" "$CLIENT_HOME"
+  ) </dev/null >/dev/null 2>"$CLIENT_HOME/client.log" 9>&- &
+  CLIENT=$!
+  disown "$CLIENT" # its end is no news
+}
+
+# client ARGUMENTS…: what it printed, without colours, in SAID. 137: it did not answer in time.
+client() {
+  local rc name=$BASHPID.$RANDOM seconds=${VESSL_TIMEOUT_S:-60}
+  if ! kill -0 "$CLIENT" 2>/dev/null; then
+    SAID=$(cat "$CLIENT_HOME/client.log")
+    return 1
+  fi
+  mkfifo "$CLIENT_HOME/$name.code"
+  printf '%s\0' "$seconds" "$@" >"$CLIENT_HOME/$name.arguments"
+  # The descriptor stays until the answer is here: a FIFO that nobody holds forgets. With the lock of create_once: that is
+  # free when the client is gone, too. The first call waits for the client's imports.
+  rc=$(exec 7<>"$CLIENT_HOME/calls" 9>&- && printf '%s\n' "$name" >&7 && timeout -k 2 $((seconds + 60)) cat "$CLIENT_HOME/$name.code") || true
+  SAID=$(sed -E 's/\x1b\[[0-9;]*m//g' "$CLIENT_HOME/$name.said" 2>/dev/null) || SAID=''
+  rm -f -- "$CLIENT_HOME/$name".*
+  return "${rc:-137}"
 }
 
 # answered WHAT ARGUMENTS…: a call that must succeed; what a failure means is told once, here.
