@@ -132,7 +132,7 @@ saw() {
   typed 0 'make publish-models FROM=datasets AS=datasets NAMES=wmtp_code FORCE=1' '^publish .* ok'
   typed 0 'make resume'
   saw 'ok: run 9 goes on with' "$name"
-  typed 0 'make watch' '(completed|^9)'
+  typed 0 'make watch' '(completed after|^9)'
   saw 'run 9' 'completed after 0 resubmissions'
   typed 0 'make logs TAIL=400' '(goes on after step|Step 40/40|training ok)'
   saw 'goes on after step' 'Step 40/40' 'training ok'
