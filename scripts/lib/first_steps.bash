@@ -57,7 +57,7 @@ rehearsed() {
     if [[ -n $hours ]]; then awk -v g="$gpus" -v h="$hours" 'BEGIN {printf "for %g h at most: %g GPU-hours", h, g * h}'; else printf 'without a limit (MAX_HOURS=…)'; fi
   )"
   if [[ -s $WMTP_REFUSED ]]; then
-    log deploy "$(sort -u "$WMTP_REFUSED" | wc -l) things would refuse it:"
+    log deploy "what would refuse it ($(sort -u "$WMTP_REFUSED" | wc -l)):"
     awk '!seen[$0]++ {print "          - " $0}' "$WMTP_REFUSED" >&2
   fi
   log deploy "To do it: $(again)"
