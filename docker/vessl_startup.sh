@@ -111,7 +111,7 @@ train() {
   await_child "$early"
   early=''
   local code cause='' took=$((SECONDS - started))
-  code=$(python -c 'import json, sys; e = json.load(open(sys.argv[1])); print(int(e["code"])); print("step", e["step"], (e["cause"] or "").partition("\n")[0])' \
+  code=$(python -c 'import json, sys; e = json.load(open(sys.argv[1])); print(int(e["code"])); print("step", e["step"], (e["cause"] or "").partition("\n")[0].partition("; rule: ")[0])' \
     "$exit_file" 2>/dev/null) || code=
   if [[ -z $code ]]; then
     [[ -z ${hung:-} ]] || leave 20 "training ended with $rc after $took s: it did not save within ${WMTP_GRACE_S:-1200} s and was killed"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from wmtp.model import ModelError
 from wmtp.outcome import BadInput, Progress, Stop, claim, failure, keep_traceback, write_whole
 from wmtp.remote import CheckpointError, TransferError
 
@@ -58,6 +59,16 @@ def test_a_failure_is_three_lines_and_its_traceback_is_in_the_log(tmp_path: Path
         text = failure(error, 0, log)[3]
     assert len(text.splitlines()) == 3 and str(log) in text and "boom" in text
     assert "Traceback" in log.read_text()
+
+
+def test_a_synced_model_is_called_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a work" / ".store" / ("a1" * 32)
+    folder.mkdir(parents=True)
+    error = ModelError(f"model.heads: 6, but {folder} has 4", "a rule", "a command")
+    assert str(folder) in failure(error, 0, None)[2]  # no name is known
+    (folder / "manifest.json").write_text('{"name": "llama-7b-mtp"}')
+    _, _, cause, told = failure(error, 0, None)
+    assert cause.startswith("model.heads: 6, but llama-7b-mtp has 4") and "but llama-7b-mtp has 4" in told
 
 
 def test_a_signal_or_the_end_of_the_hours_is_a_notice_to_stop() -> None:

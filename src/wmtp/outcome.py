@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from wmtp.cache import hold
 from wmtp.checkpoint import Checkpoints
 from wmtp.config import ConfigError
 from wmtp.data import DataError
+from wmtp.manifest import MANIFEST
 from wmtp.model import ModelError
 from wmtp.paths import PathResolver
 from wmtp.record import add_line
@@ -187,13 +189,24 @@ def write_whole(path: Path, text: str) -> None:
     staging.replace(path)
 
 
+def named(text: str) -> str:
+    """``text`` with models by their names: what is synced is read under its digest, which nobody knows it by."""
+
+    def name(found: re.Match[str]) -> str:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((Path(found[0]) / MANIFEST).read_text())["name"])
+        return found[0]
+
+    return re.sub(r"/(?:[^\n;:,]*/)?[0-9a-f]{64}\b", name, text)
+
+
 def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str, str]:
     """Exit code, class, cause and what a person sees of ``error``; the traceback goes to ``log``."""
-    of = causes.of_error(error)
+    of, told = causes.of_error(error), named(str(error))
     if isinstance(error, ConfigError):
-        return BAD_INPUT, of, str(error), str(error)
+        return BAD_INPUT, of, told, told
     if isinstance(error, BadInput | DataError | ModelError):
-        return BAD_INPUT, of, str(error), "train     FAIL  " + "\n              ".join(str(error).split("; "))
+        return BAD_INPUT, of, told, "train     FAIL  " + "\n              ".join(told.split("; "))
     system = error.__cause__ if isinstance(error, CheckpointError) else error
     full = isinstance(system, OSError) and system.errno in causes.UNWRITABLE
     code = TRANSFER if isinstance(error, TransferError) else DISK if full else FAILED
