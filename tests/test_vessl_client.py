@@ -18,7 +18,7 @@ import vessl
 import vessl.openapi_client
 
 def cli():
-    print("login", vessl.LOGINS, "imported", vessl.openapi_client.TIMES, *sys.argv)
+    print("login", vessl.LOGINS, "imported", vessl.openapi_client.TIMES, *sys.argv, flush=True)
     if "hang" in sys.argv:
         time.sleep(60)
     if "fail" in sys.argv:
@@ -43,8 +43,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     home = tmp_path / "home"
     home.mkdir()
     os.mkfifo(home / "calls")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    server = subprocess.Popen([sys.executable, SERVER, home], cwd=home, env=environment)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONIOENCODING": "utf-8:surrogateescape"}
+    command = [sys.executable, str(SERVER), str(home), str(os.getpid())]
+    server = subprocess.Popen(command, cwd=home, env=environment, start_new_session=True)
     yield home
     server.kill()
     server.wait()
@@ -54,18 +55,25 @@ def call(folder: Path, *arguments: str, seconds: int = 30) -> tuple[str, str]:
     """What it gives as its code, and what it printed."""
     name = f"{time.monotonic_ns()}"
     os.mkfifo(folder / f"{name}.code")
-    (folder / f"{name}.arguments").write_text("".join(f"{word}\0" for word in (str(seconds), *arguments)))
+    (folder / f"{name}.arguments").write_bytes(
+        b"".join(os.fsencode(f"{word}\0") for word in (str(seconds), *arguments))
+    )
     calls = os.open(folder / "calls", os.O_RDWR)
     os.write(calls, f"{name}\n".encode())
     code = (folder / f"{name}.code").read_text()
     os.close(calls)
-    return code, (folder / f"{name}.said").read_text()
+    return code, (folder / f"{name}.said").read_text(errors="surrogateescape")
 
 
 def test_each_call_begins_anew_and_the_imports_are_done_once(folder: Path) -> None:
     for word in ("a b", "c"):
         assert call(folder, "run", word) == ("0\n", f"login 1 imported 1 vessl run {word}\n")
     assert (folder / "imports").read_text() == "once\n"
+
+
+def test_a_path_may_be_of_any_bytes(folder: Path) -> None:
+    word = os.fsdecode(b"/caf\xe9")
+    assert call(folder, word) == ("0\n", f"login 1 imported 1 vessl {word}\n")
 
 
 def test_a_call_ends_as_the_client_ends(folder: Path) -> None:
@@ -81,9 +89,16 @@ def test_a_call_that_hangs_is_given_up_and_the_next_is_answered(folder: Path) ->
     assert call(folder, "run")[0] == "0\n"
 
 
+def test_it_ends_where_its_parent_was_gone_before_it_began(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "calls")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    subprocess.run([sys.executable, SERVER, tmp_path, str(gone.pid)], check=True, timeout=30)
+
+
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "calls")
-    shell = f"'{sys.executable}' '{SERVER}' '{tmp_path}' >/dev/null 2>&1 & echo $!; sleep 1"
+    shell = f"'{sys.executable}' '{SERVER}' '{tmp_path}' $$ >/dev/null 2>&1 & echo $!; sleep 1"
     started = subprocess.run(["bash", "-c", shell], stdout=subprocess.PIPE, text=True, check=True)
     until = time.monotonic() + 20
     while Path(f"/proc/{started.stdout.strip()}").exists():

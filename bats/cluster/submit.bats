@@ -188,6 +188,28 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   [[ $output == 7 && $(runs) == 1 ]]
 }
 
+@test "submit: a client that can't start is told at once, one that was killed is started anew, a relative TMPDIR is one" {
+  source "$tree/scripts/lib/common.bash"
+  source "$tree/scripts/lib/launcher_vessl.bash"
+  cd "$BATS_TEST_TMPDIR"
+  mkdir here
+  TMPDIR=here launcher_open
+  launcher_check vessl-kr-a100-80g-sxm gpu-a100-80g-large
+  kill -KILL "$CLIENT_PID"
+  [[ -z $(launcher_runs) ]]
+  launcher_create "$repo/tests/golden/run.minitest.critic-wmtp.yaml" x
+  [[ $NUMBER == 7 ]]
+  rm "$tree/.venv-vessl"
+  mkdir -p "$tree/.venv-vessl/bin"
+  cp "$repo/requirements/vessl.txt" "$tree/.venv-vessl/.installed"
+  local began=$SECONDS
+  RUN_ID=7 run -11 --separate-stderr "$tree/scripts/status.sh"
+  [[ $stderr == *"$tree/.venv-vessl/bin/python: No such file"* ]] && ((SECONDS - began < 30))
+  told_what_to_do
+  TMPDIR=$BATS_TEST_TMPDIR/none RUN_ID=7 run -10 --separate-stderr "$tree/scripts/status.sh"
+  told_what_to_do
+}
+
 @test "submit: one name is one work: other settings under it are refused, a rehearsal changes no run file" {
   RUN_NAME=mine run -0 --separate-stderr submit
   RUN_NAME=mine SET=seed=7 run -2 --separate-stderr submit

@@ -1,7 +1,7 @@
 # VESSL through its own client (design: only a printed run address proves a creation). To be sourced by run.bash.
 # shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
-CLIENT_HOME='' CLIENT='' SAID=''
+CLIENT_HOME='' CLIENT_PID='' SAID=''
 
 launcher_name() { printf 'VESSL\n'; }
 launcher_said() { tail -n 1 <<<"$SAID" | cut -c1-200; }
@@ -16,37 +16,54 @@ launcher_open() {
   [[ ${VESSL_TIMEOUT_S:-1} =~ ^[1-9][0-9]{0,4}$ ]] || die 2 "VESSL_TIMEOUT_S=$VESSL_TIMEOUT_S" 'whole seconds' 'VESSL_TIMEOUT_S=60'
   [[ ${DRY_RUN:-} != 1 ]] || return 0
   cmp -s "$ROOT/.venv-vessl/.installed" "$ROOT/requirements/vessl.txt" || "$ROOT/scripts/install_vessl.sh"
-  CLIENT_HOME=$(mktemp -d)
+  # The whole path: the client works in it, where a relative TMPDIR is another folder.
+  CLIENT_HOME=$(new=$(mktemp -d 2>/dev/null) && realpath -- "$new") ||
+    die 10 "${TMPDIR:-/tmp} can't be written" 'the client has a home of its own there' 'make it writable, or TMPDIR=… names another'
   trap 'rm -rf -- "$CLIENT_HOME"' EXIT
   start_client
 }
 
 # start_client: from an empty folder and with a home of its own: a .env or a git worktree in the caller's would lead it astray.
 start_client() {
+  local parent=$BASHPID
   local -a ends=()
   if command -v setpriv >/dev/null; then ends=(setpriv --pdeathsig KILL --); fi
-  mkfifo "$CLIENT_HOME/calls"
+  rm -f -- "$CLIENT_HOME/ready"
+  [[ -p $CLIENT_HOME/calls ]] || mkfifo "$CLIENT_HOME/calls"
   (
     cd "$CLIENT_HOME" &&
       HOME=$CLIENT_HOME VESSL_DATA_COLLECTION_OPT_OUT=true ENABLE_SENTRY=false \
-        exec "${ends[@]}" "$ROOT/.venv-vessl/bin/python" "$ROOT/scripts/lib/vessl_client.py" "$CLIENT_HOME"
-  ) </dev/null >/dev/null 2>"$CLIENT_HOME/client.log" 9>&- &
-  CLIENT=$!
-  disown "$CLIENT" # its end is no news
+        exec "${ends[@]}" "$ROOT/.venv-vessl/bin/python" "$ROOT/scripts/lib/vessl_client.py" "$CLIENT_HOME" "$parent"
+  ) </dev/null >/dev/null 2>"$CLIENT_HOME/client.log" 8>&- 9>&- &
+  CLIENT_PID=$!
+  disown "$CLIENT_PID" # its end is no news
+}
+
+# client_ready: its imports are done; 1: it ended in them, 137: they take too long. A call is waited for without a look at it.
+client_ready() {
+  local most=$((SECONDS + ${VESSL_TIMEOUT_S:-60} + 60))
+  kill -0 "$CLIENT_PID" 2>/dev/null || start_client # one that was killed, by want of memory, is no end of a watch of days
+  until [[ -e $CLIENT_HOME/ready ]]; do
+    kill -0 "$CLIENT_PID" 2>/dev/null || return 1
+    ((SECONDS < most)) || return 137
+    sleep 0.1
+  done
 }
 
 # client ARGUMENTS…: what it printed, without colours, in SAID. 137: it did not answer in time.
 client() {
-  local rc name=$BASHPID.$RANDOM seconds=${VESSL_TIMEOUT_S:-60}
-  if ! kill -0 "$CLIENT" 2>/dev/null; then
+  local rc=0 name=$BASHPID.$RANDOM seconds=${VESSL_TIMEOUT_S:-60}
+  client_ready || rc=$?
+  if ((rc)); then
     SAID=$(cat "$CLIENT_HOME/client.log")
-    return 1
+    SAID=${SAID:-the client ended before it was asked}
+    return "$rc"
   fi
   mkfifo "$CLIENT_HOME/$name.code"
   printf '%s\0' "$seconds" "$@" >"$CLIENT_HOME/$name.arguments"
   # The descriptor stays until the answer is here: a FIFO that nobody holds forgets. With the lock of create_once: that is
-  # free when the client is gone, too. The first call waits for the client's imports.
-  rc=$(exec 7<>"$CLIENT_HOME/calls" 9>&- && printf '%s\n' "$name" >&7 && timeout -k 2 $((seconds + 60)) cat "$CLIENT_HOME/$name.code") || true
+  # free when the client is gone, too.
+  rc=$(exec 7<>"$CLIENT_HOME/calls" 9>&- && printf '%s\n' "$name" >&7 && timeout -k 2 $((seconds + 10)) cat "$CLIENT_HOME/$name.code") || true
   SAID=$(sed -E 's/\x1b\[[0-9;]*m//g' "$CLIENT_HOME/$name.said" 2>/dev/null) || SAID=''
   rm -f -- "$CLIENT_HOME/$name".*
   return "${rc:-137}"

@@ -1,13 +1,13 @@
 """VESSL's client, its imports done once: a call of it takes a fifth of the time that starting it anew takes.
 
-    python vessl_client.py FOLDER
+    python vessl_client.py FOLDER PARENT
 
-Started by launcher_vessl.bash with the client's own Python. FOLDER/calls is a FIFO that takes the name of a call, a
-line each. Of a call NAME there are FOLDER/NAME.arguments (its seconds, then the client's arguments, each ended by NUL)
-and the FIFO FOLDER/NAME.code: it gives the exit code, or nothing where the seconds were not enough. FOLDER/NAME.said:
-what the client prints.
+Started by launcher_vessl.bash with the client's own Python. FOLDER/ready is there when its imports are done.
+FOLDER/calls is a FIFO that takes the name of a call, a line each. Of a call NAME there are FOLDER/NAME.arguments (its
+seconds, then the client's arguments, each ended by NUL) and the FIFO FOLDER/NAME.code: it gives the exit code, or
+nothing where the seconds were not enough. FOLDER/NAME.said: what the client prints.
 Each call is a fork, in which the client begins as in a new process: it logs in while it is imported. Only what it
-imports from elsewhere, and its 700 generated classes, are there already. It ends when its parent has.
+imports from elsewhere, and its 700 generated classes, are there already. It ends when process PARENT has.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def imported() -> tuple[ModuleSpec | None, ModuleType | None]:
 def answer(folder: Path, name: str, spec: ModuleSpec | None, package: ModuleType | None) -> None:
     """One call, in a process of its own, which this ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    seconds, *arguments = (folder / f"{name}.arguments").read_text().split("\0")[:-1]
+    seconds, *arguments = os.fsdecode((folder / f"{name}.arguments").read_bytes()).split("\0")[:-1]
     with (folder / f"{name}.code").open("w") as code, (folder / f"{name}.said").open("wb") as said:
         signal.alarm(int(seconds))  # it kills: a call that hangs is given up
         os.dup2(said.fileno(), 1)
@@ -72,10 +72,11 @@ def answer(folder: Path, name: str, spec: ModuleSpec | None, package: ModuleType
 
 
 def main() -> None:
-    folder, parent = Path(sys.argv[1]), os.getppid()
+    folder, parent = Path(sys.argv[1]), int(sys.argv[2])  # as told: it may be gone by now
     calls = os.open(folder / "calls", os.O_RDWR)  # also for writing: it has no end
     spec, package = imported()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    (folder / "ready").touch()
     kept = b""
     while os.getppid() == parent:
         if not select.select([calls], [], [], 1)[0]:
