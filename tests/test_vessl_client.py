@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ import vessl.openapi_client
 
 def cli():
     print("login", vessl.LOGINS, "imported", vessl.openapi_client.TIMES, *sys.argv, flush=True)
+    if "nap" in sys.argv:
+        time.sleep(2)
     if "hang" in sys.argv:
         time.sleep(60)
     if "fail" in sys.argv:
@@ -46,6 +50,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONIOENCODING": "utf-8:surrogateescape"}
     command = [sys.executable, str(SERVER), str(home), str(os.getpid())]
     server = subprocess.Popen(command, cwd=home, env=environment, start_new_session=True)
+    (home / "group").write_text(str(server.pid))
     yield home
     server.kill()
     server.wait()
@@ -87,6 +92,16 @@ def test_a_call_ends_as_the_client_ends(folder: Path) -> None:
 def test_a_call_that_hangs_is_given_up_and_the_next_is_answered(folder: Path) -> None:
     assert call(folder, "hang", seconds=1)[0] == ""
     assert call(folder, "run")[0] == "0\n"
+
+
+def test_a_signal_to_the_stages_group_cuts_no_call_off(folder: Path) -> None:
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(call, folder, "nap")
+        while not any(file.stat().st_size for file in folder.glob("*.said")):
+            assert not answer.done()
+            time.sleep(0.05)
+        os.killpg(int((folder / "group").read_text()), signal.SIGKILL)
+        assert answer.result()[0] == "0\n"
 
 
 def test_it_ends_where_its_parent_was_gone_before_it_began(tmp_path: Path) -> None:

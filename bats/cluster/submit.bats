@@ -188,6 +188,21 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   [[ $output == 7 && $(runs) == 1 ]]
 }
 
+# bats test_tags=long
+@test "submit: one run when all of it was killed with its request under way" {
+  fault hold-before-create
+  setsid "$tree/scripts/submit.sh" >/dev/null 2>&1 3>&- &
+  local pid=$! i
+  for ((i = 0; i < 1200; i++)); do
+    if grep -q create_from_yaml "$stub/requests.log" 2>/dev/null; then break; fi
+    sleep 0.1
+  done
+  kill -KILL -- "-$pid"
+  run -0 --separate-stderr submit
+  sleep 1
+  [[ $output == 7 && $(runs) == 1 ]]
+}
+
 @test "submit: a client that can't start is told at once, one that was killed is started anew, a relative TMPDIR is one" {
   source "$tree/scripts/lib/common.bash"
   source "$tree/scripts/lib/launcher_vessl.bash"

@@ -46,6 +46,7 @@ def imported() -> tuple[ModuleSpec | None, ModuleType | None]:
 def answer(folder: Path, name: str, spec: ModuleSpec | None, package: ModuleType | None) -> None:
     """One call, in a process of its own, which this ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # a signal to the stage's group must not cut off a creation, whose lock would be free at once
     seconds, *arguments = os.fsdecode((folder / f"{name}.arguments").read_bytes()).split("\0")[:-1]
     with (folder / f"{name}.code").open("w") as code, (folder / f"{name}.said").open("wb") as said:
         signal.alarm(int(seconds))  # it kills: a call that hangs is given up
