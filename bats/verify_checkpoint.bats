@@ -155,4 +155,9 @@ nothing_left() { [[ -z $(ls -A "$TMPDIR") ]]; }
   run -0 --separate-stderr "$tree/scripts/verify_checkpoint.sh"
   [[ $output == *'"step": 4'* ]]
   nothing_left
+  # One of this name that was submitted is not in it.
+  mkdir -p "$tree/build/minitest/$RUN_ID"
+  echo 7 >"$tree/build/minitest/$RUN_ID/run.id"
+  AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=y AWS_ENDPOINT_URL=http://127.0.0.1:9 S3_ENDPOINT_URL='' run --separate-stderr "$tree/scripts/verify_checkpoint.sh"
+  [[ $status != 0 && $stderr != *'bucket '*'answers; data in'* ]]
 }

@@ -27,13 +27,16 @@ BASE='' PLACE=''
 # A name is a folder in the bucket, whoever submitted the run; a number, and nothing, is looked up as by make status.
 choose_run() {
   if [[ ${RUN_ID:-} =~ ^[0-9]*$ ]]; then find_run; else NAME=$RUN_ID; fi
+  # The launcher has a trap of its own, for its own.
+  trap 'cleanup; rm -rf -- "${CLIENT_HOME:-$TEMP}"' EXIT
   [[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || die 2 "RUN_ID=$NAME" 'a run is named by its name or number' 'make status'
   [[ ${STEP:-} =~ ^[0-9]*$ ]] || die 2 "STEP=$STEP" 'a checkpoint is named by its step' 'STEP=500, or none for the newest'
   local environment=${ENV:-${NAME%%-*}}
   [[ $environment =~ ^(test|minitest|production)$ ]] || environment=production
   choose_settings "$environment" ''
-  # A run of this machine: the mini-test's bucket is embedded, its data are here.
-  if [[ $LAUNCHER == local && $ENV == minitest && -z ${S3_ENDPOINT_URL:-} && -d $ROOT/build/bucket/data ]]; then
+  # A run of this machine: the mini-test's bucket is embedded, its data are here. One that was submitted has another.
+  if [[ $LAUNCHER == local && $ENV == minitest && -z ${S3_ENDPOINT_URL:-} && -d $ROOT/build/bucket/data && -z $NUMBER &&
+    ! -e $ROOT/build/minitest/$NAME/run.id ]]; then
     rm -rf -- "$TEMP"
     RUN_ID=$NAME exec "$ROOT/scripts/bucket.sh" run "$ROOT/build/bucket" -- "${BASH_SOURCE[0]}" "${ARGUMENTS[@]}"
   fi
