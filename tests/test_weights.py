@@ -283,7 +283,9 @@ def test_generator_is_idempotent_and_repeats_bit_for_bit(models: Path, tmp_path:
     generate.generate(tmp_path)
     assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
     os.truncate(tmp_path / "test-llama" / "model.safetensors", 1000)  # a person tries what happens
+    (tmp_path / "test-llama" / "link").symlink_to(tmp_path / "nowhere")
     generate.generate(tmp_path)
+    assert not (tmp_path / "test-llama" / "link").is_symlink()
     assert (tmp_path / "test-llama" / "model.safetensors").read_bytes() == weights.read_bytes()
 
 
