@@ -110,7 +110,9 @@ def test_weights_that_were_cut_off_are_not_published(tmp_path: Path, name: str, 
 def test_a_pointer_of_a_large_file_is_no_weights(tmp_path: Path) -> None:
     for name in ("a.bin", "a.safetensors"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13\n")
-        assert cut_off(tmp_path / name)
+        assert "git lfs pull" in cut_off(tmp_path / name)
+    (tmp_path / "a.bin").write_text("version 2 of another kind of file")
+    assert not cut_off(tmp_path / "a.bin")
 
 
 FILES = {"a": b"content", "s p/ü*": b"", "big": bytes(range(256)) * 24000}

@@ -287,24 +287,28 @@ class Publish:
         return written(document(self.name, files))
 
 
+POINTER = b"version https://git-lfs"
+
+
 def cut_off(path: Path) -> str:
     """What a file of weights lacks by its own header or directory; empty where it is whole, or of another kind.
 
     No weights are read: a shortened download, or the pointer of a large file's storage in its place, shows at once.
     """
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        return ""
+    with path.open("rb") as stream:
+        begins = stream.read(len(POINTER))
+    if begins == POINTER:
+        return "it is the pointer of a file that is stored elsewhere (git lfs pull)"
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="np"):
                 return ""
         except SafetensorError as error:
             return str(error)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        with path.open("rb") as stream:
-            begins = stream.read(4)
-        if begins == b"PK\x03\x04" and not zipfile.is_zipfile(path):
-            return "its directory, which is its end, is not there"
-        if begins == b"vers":
-            return "it is the pointer of a file that is stored elsewhere (git lfs pull)"
+    if begins.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return "its directory, which is its end, is not there"
     return ""
 
 
