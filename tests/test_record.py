@@ -155,6 +155,7 @@ def test_the_revision_says_whether_a_commit_has_what_ran(tmp_path: Path, monkeyp
     config, recipe = settings.load_pair(Path(PAIR[1]), Path(PAIR[3]), [], env="test")
     assert record.facts_of("r", config, recipe, env="test")["revision"] is None
     git("init", "-q")
+    assert record.facts_of("r", config, recipe, env="test")["revision"] is None
     git("commit", "-q", "--allow-empty", "-m", "one")
     commit = git("rev-parse", "HEAD").strip()
     assert record.facts_of("r", config, recipe, env="test")["revision"] == commit

@@ -128,7 +128,9 @@ def facts_of(
     revision = os.environ.get("WMTP_REVISION")
     if not revision:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            revision = (_git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")) or None
+            # Without --verify it answers HEAD where there is no commit so far.
+            commit, changes = _git("rev-parse", "--verify", "--quiet", "HEAD"), _git("status", "--porcelain")
+            revision = (commit + ("-dirty" if commit and changes else "")) or None
     whole = settings.resolved(config, recipe)
     known = {
         "run": run,
