@@ -58,4 +58,5 @@ setup() {
   run -2 --separate-stderr make --no-print-directory -C "$repo" -n minitest ALG=critic-wmtp
   [[ $stderr == *'ALG=critic-wmtp: not known'*'next: make help'* && -z $output ]]
   run -0 --separate-stderr make -C "$repo" -n status RUN_ID=3 S3_ENDPOINT_URL=http://x VESSL_TIMEOUT_S=5 POLL_S=1
+  run -0 --separate-stderr make -C "$repo" -n train CUDA_LAUNCH_BLOCKING=1 NCCL_DEBUG=INFO LANG=C COLUMNS=80
 }
