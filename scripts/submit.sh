@@ -24,8 +24,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/create.bash"
 pushed_image() {
   local file=$ROOT/build/$ENV/image.digest pushed named
   IMAGE=$(cat "$file" 2>/dev/null || true)
+  # A deploy that is rehearsed would have pushed one by now: which one is here says nothing.
+  [[ -z ${WMTP_REFUSED:-} ]] || IMAGE=''
   if [[ -z $IMAGE ]]; then
-    refuse 2 "no image was pushed for ENV=$ENV" 'a run names its image by digest' "make build push ENV=$ENV"
+    [[ -n ${WMTP_REFUSED:-} ]] || refuse 2 "no image was pushed for ENV=$ENV" 'a run names its image by digest' "make build push ENV=$ENV"
     IMAGE=$(python -m wmtp.config --config "$CONFIG" --get launcher.image)
     IMAGE=${IMAGE%:*}@sha256:$(printf '0%.0s' {1..64})
     return 0

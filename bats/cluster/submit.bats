@@ -149,6 +149,10 @@ run = json.load(open(sys.argv[1])); run["status"] = "failed"; json.dump(run, ope
   unset VESSL_ACCESS_TOKEN
   ENV=production DRY_RUN=1 run -0 --separate-stderr submit
   [[ -z $output && $stderr == *'would refuse: no image was pushed'*'would refuse: VESSL_ACCESS_TOKEN'*'vessl run create -f '* ]]
+  # In a rehearsed deploy there would be an image by now, whichever is here.
+  pushed "$digest" 1234567
+  WMTP_REFUSED=$BATS_TEST_TMPDIR/refused ENV=production DRY_RUN=1 run -0 --separate-stderr submit
+  [[ $(<"$BATS_TEST_TMPDIR/refused") == *VESSL_ACCESS_TOKEN* && $(<"$BATS_TEST_TMPDIR/refused") != *image* ]]
   [[ ! -e $stub/requests.log ]]
 }
 
