@@ -44,7 +44,7 @@ setup() {
 
 @test "common: who holds a lock is told to the second, and it is free when the first has ended" {
   mkdir "$work/kept"
-  "$work/stage.sh" eval 'hold "$0.lock" "another is at work" "one at a time" "its work" && touch "$0.held" && sleep 60' 3>&- &
+  "$work/stage.sh" eval 'hold "$0.lock" "another is at work" "one at a time" "its"$'\''\n'\''"work" && touch "$0.held" && sleep 60' 3>&- &
   local first=$!
   until [[ -e $work/stage.sh.held ]]; do sleep 0.05; done
   run -1 --separate-stderr "$work/stage.sh" hold "$work/stage.sh.lock" 'another is at work' 'one at a time' mine
@@ -52,6 +52,8 @@ setup() {
   pkill -P "$first" sleep
   wait "$first" || true
   run -0 "$work/stage.sh" hold "$work/stage.sh.lock" 'another is at work' 'one at a time' mine
+  run -10 --separate-stderr "$work/stage.sh" hold "$work/kept" 'another is at work' 'one at a time' mine
+  [[ ${stderr_lines[0]} == "stage     FAIL  $work/kept can't be written" ]]
 }
 
 @test "make: a variable that no command reads is refused, before anything is done" {

@@ -41,9 +41,9 @@ refuse() {
 
 # hold FILE WHAT RULE WORK: locked as descriptor 9 until this process and its children end; a second one is told whose it is.
 hold() {
-  exec 9>>"$1"
+  { exec 9>>"$1"; } 2>/dev/null || die 10 "$1 can't be written" 'who is at work here writes it there' 'make it writable'
   flock -n 9 || die 1 "$2: $(tail -n 1 "$1" | grep . || echo 'not known')" "$3" 'wait for it, or stop that process'
-  printf 'process %s of %s since %s, %s\n' $$ "$(id -un)" "$(date -u +%FT%TZ)" "$4" >"$1"
+  printf 'process %s of %s since %s, %s\n' $$ "$(id -un)" "$(date -u +%FT%TZ)" "${4//$'\n'/ }" >"$1"
 }
 
 # filled NAME: whether the variable holds anything; its value is in no trace of `bash -x`.
