@@ -25,8 +25,9 @@ SETTINGS += COLUMNS HOME LANG PATH TERM TZ REQUESTS_CA_BUNDLE TORCH_LOGS BUILDKI
 STRANGE := $(filter-out $(SETTINGS),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
 $(if $(STRANGE),$(error $(firstword $(STRANGE))=$($(firstword $(STRANGE))): not known. rule: a variable that no command reads changes nothing; next: make help))
 
-# By content, not by time: a checkout's files may be older than an environment that lacks what they ask for.
-STAMP := .venv/.installed-$(shell cat requirements/*.txt pyproject.toml scripts/install.sh | cksum | tr ' ' -)
+# By content, not by time: a checkout's files may be older than an environment that lacks what they ask for. By its place,
+# too: a copied environment still has the other checkout's package.
+STAMP := .venv/.installed-$(shell { cat requirements/*.txt pyproject.toml scripts/install.sh; readlink -f .venv; } | cksum | tr ' ' -)
 
 .PHONY: help
 help: ##- this list
@@ -108,7 +109,7 @@ report: $(STAMP) ## its completion report: page and Markdown (RUN_ID= NOTES=file
 
 .PHONY: compare
 compare: $(STAMP) ## runs side by side (RUNS="a b c")
-	@scripts/report.sh
+	@scripts/report.sh --compare
 
 .PHONY: stop
 stop: $(STAMP) ## end it (RUN_ID=)

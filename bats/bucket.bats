@@ -11,7 +11,7 @@ bucket() { "$repo/scripts/bucket.sh" "$@"; }
 @test "bucket: ends with the command's code when the command fails" {
   run -7 --separate-stderr bucket run "$work/b" -- bash -c 'echo "$S3_ENDPOINT_URL"; exit 7'
   [[ $output == http://127.0.0.1:* ]]
-  run -1 pgrep -f "weed mini -dir=$work/b"
+  run -1 pgrep -f "weed -logtostderr=true mini -dir=$work/b"
 }
 
 @test "bucket: starts no server when S3_ENDPOINT_URL is set" {
@@ -26,10 +26,10 @@ bucket() { "$repo/scripts/bucket.sh" "$@"; }
     if grep -q . <(pgrep -P "$shell" -x sleep); then break; fi
     sleep 0.2
   done
-  pgrep -f "weed mini -dir=$work/b"
+  pgrep -f "weed -logtostderr=true mini -dir=$work/b"
   kill -KILL "$shell"
   sleep 1
-  run -1 pgrep -f "weed mini -dir=$work/b"
+  run -1 pgrep -f "weed -logtostderr=true mini -dir=$work/b"
 }
 
 @test "bucket: 2 when there is no command" {
@@ -55,5 +55,5 @@ STUB
   chmod +x "$work/bin/weed"
   PATH="$work/bin:$repo/.venv/bin:$PATH" run -0 --separate-stderr "$work/repo/scripts/bucket.sh" run "$work/b" -- bash -c 'echo "$S3_ENDPOINT_URL"'
   [[ $output == http://127.0.0.1:* && $stderr == *'try 1 of 3 failed; again'* ]]
-  run -1 pgrep -f "weed mini -dir=$work/b"
+  run -1 pgrep -f "weed -logtostderr=true mini -dir=$work/b"
 }

@@ -62,3 +62,15 @@ setup() {
   run -0 --separate-stderr make -C "$repo" -n status RUN_ID=3 S3_ENDPOINT_URL=http://x VESSL_TIMEOUT_S=5 POLL_S=1
   run -0 --separate-stderr make -C "$repo" -n train CUDA_LAUNCH_BLOCKING=1 NCCL_DEBUG=INFO LANG=C COLUMNS=80
 }
+
+@test "scripts: --help tells and does nothing" {
+  local tree="$work/a tree" script
+  mkdir -p "$tree/build"
+  cp -r "$repo"/{scripts,docker,src} "$tree/"
+  : >"$tree/build/kept"
+  for script in "$tree"/scripts/*.sh "$tree/docker/vessl_startup.sh"; do
+    run -0 --separate-stderr "$script" --help
+    [[ ${lines[0]} == Usage:* ]] || { echo "$script" && return 1; }
+  done
+  [[ -e $tree/build/kept && $(ls -A "$tree") == $'build\ndocker\nscripts\nsrc' ]]
+}

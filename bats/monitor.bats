@@ -146,3 +146,12 @@ PY
   RUN_ID=another run -3 --separate-stderr "$tree/scripts/status.sh"
   [[ $stderr == *'VESSL_ACCESS_TOKEN is not set'* ]]
 }
+
+@test "compare: two runs or more are named; a name that nobody knows is told those that there are" {
+  record "$tree/build/minitest/app/logs/own-run" 12 0
+  run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == *'RUNS is not set'* ]]
+  unset AWS_ACCESS_KEY_ID
+  RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/report.sh"
+  [[ $stderr == *'own-rnu: no such run'*'here: own-run'* ]]
+}

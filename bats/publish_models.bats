@@ -65,10 +65,10 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   echo '[]' >"$work/from/$name/config.json"
   run -13 --separate-stderr publish_again "$name"
   [[ $stderr == *'another version is published'*'config.json: blake3'*' is not '*FORCE=1* ]]
-  echo more >>"$work/from/$name/config.json"
+  echo '{"more": 1}' >"$work/from/$name/config.json"
   : >"$work/from/$name/new"
   run -13 --separate-stderr publish_again "$name"
-  [[ $stderr == *'config.json has 8 bytes, not 3, new is new'* ]]
+  [[ $stderr == *'config.json has 12 bytes, not 3, new is new'* ]]
   [[ $(keys) != *new* ]]
 }
 
@@ -77,7 +77,7 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   make_model
   publish
   rm -r "$work/from/$name/sub dir"
-  echo more >>"$work/from/$name/config.json"
+  echo '{"more": 1}' >"$work/from/$name/config.json"
   DRY_RUN=1 run -0 --separate-stderr publish_again "$name"
   [[ $stderr == *'would refuse'*'another version'* ]]
   DRY_RUN=1 run -0 --separate-stderr publish_again --force "$name"

@@ -181,7 +181,7 @@ def compare(title: str, found: Mapping[str, list[Run]], total: int, files: int) 
 def shards(gb: float) -> dict[str, int]:
     """Files as a model of two and a half shards has them."""
     whole = int(gb * 1e9)
-    small = {"config.json": 650, "tokenizer.json": 1_842_767, "tokenizer.model": 499_723}
+    small = {"config.bin": 650, "tokenizer.bin": 1_842_767, "pieces.bin": 499_723}
     large = {f"pytorch_model-0000{n}-of-00003.bin": int(whole * part) for n, part in ((1, 0.4), (2, 0.4), (3, 0.2))}
     return large | small
 
@@ -220,7 +220,7 @@ def unshaped(bench: Bench, folder: Path, total: int) -> None:
 
 def small(bench: Bench, counts: list[int]) -> None:
     for count in counts:
-        folder = bench.publish(f"bench-{os.getpid()}-{count}", {f"{n // 1000}/{n}.json": 10_000 for n in range(count)})
+        folder = bench.publish(f"bench-{os.getpid()}-{count}", {f"{n // 1000}/{n}.bin": 10_000 for n in range(count)})
         found = bench.turns(against_raw(bench, folder), count * 10_000)
         compare(f"{count} files of 10 kB", found, count * 10_000, count)
         print("\nmilliseconds a file beyond the raw client's, median of the rounds: ", end="")

@@ -87,7 +87,7 @@ main() {
   fi
   wheels_image "$wheels"
   build "$dirty"
-  log build "ok: $REPOSITORY:$TAG in $((SECONDS - began)) s"
+  [[ ${DRY_RUN:-} == 1 ]] || log build "ok: $REPOSITORY:$TAG in $((SECONDS - began)) s"
   printf '%s\n' "$REPOSITORY:$TAG"
 }
 

@@ -6,6 +6,9 @@ set -Eeuo pipefail
 shopt -s inherit_errexit
 
 main() {
+  case ${1:-} in
+    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
+  esac
   [[ -f ${1:-} ]] || {
     echo "help: FAIL  no Makefile named '${1:-}'" >&2
     return 2

@@ -25,6 +25,9 @@ find_python() {
 }
 
 main() {
+  case ${1:-} in
+    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
+  esac
   ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail 3 "bash $BASH_VERSION is too old: 4.4 or later" 'brew install bash'
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   local python started=$SECONDS

@@ -17,6 +17,9 @@ check() {
 }
 
 main() {
+  case ${1:-} in
+    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
+  esac
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   PATH=$PWD/.venv/bin:$PATH
   local -a shell docker=()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: [ALGO=critic-wmtp] scripts/minitest.sh
-# The whole way, small and on this machine: test models -> bucket -> dry run -> startup script (sync, vocabularies, training
+# The whole way, small and on this machine: dry run -> test models -> bucket -> startup script (sync, vocabularies, training
 # on 2 gloo ranks with FSDP, upload) -> the checklist, filled with what was measured. An embedded S3 server is the bucket, a
 # folder under build/ is /app. A run that was interrupted goes on; a finished one is started afresh.
 # LAUNCHER=vessl or docker: the models to the bucket of the environment, then scripts/deploy.sh.
@@ -29,6 +29,8 @@ stage() {
     log minitest "interrupted in $name after $((SECONDS - began)) s; the same command goes on"
     exit "$rc"
   fi
+  ((rc != 2)) || die 2 "$name ended with 2 after $((SECONDS - began)) s: a setting, a name or the data are wrong" \
+    'a stage starts only when the one before it is done' 'correct what FAIL names above, then again'
   ((rc == 0)) || die "$rc" "$name ended with $rc after $((SECONDS - began)) s" 'a stage starts only when the one before it is done' \
     'see the lines above, then the same command: it goes on'
   seconds[$name]=$((SECONDS - began))
@@ -82,6 +84,7 @@ rows() {
 }
 
 main() {
+  no_arguments "${BASH_SOURCE[0]}" "$@"
   local began=$SECONDS config recipe digest
   [[ ${GIVEN_ENV:-minitest} == minitest ]] || die 2 "ENV=$GIVEN_ENV: this is the mini-test" 'it knows ENV=minitest only' "make deploy ENV=$GIVEN_ENV ALGO=$ALGO"
   [[ $LAUNCHER != local || ${DRY_RUN:-} != 1 ]] || die 2 'DRY_RUN=1: the mini-test does all of it, in a minute' 'a rehearsal is of what changes the cluster' \
@@ -113,10 +116,11 @@ main() {
   start_afresh
   make_app
   watch_signals
+  # First: a setting that is wrong is known in a second. What needs torch is about to be done for real.
+  ONLY=${ONLY:-1,2,3,devices,reward} stage dryrun "$ROOT/scripts/test_vessl_config.sh"
+  log minitest 'models, tokenizers, data, memory and twin were left out of it, the run itself tries them; all of it: make dryrun ENV=minitest'
   stage models python "$ROOT/tests/test_models/generate.py"
   stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" --force test-llama-mtp test-rm-llama test-llama
-  # What needs torch, the twin included, is about to be done for real.
-  ONLY=${ONLY:-1,2,3,devices,reward} stage dryrun "$ROOT/scripts/test_vessl_config.sh"
   stage startup "$ROOT/docker/vessl_startup.sh"
   collect
   list_checkpoint "$(jq_get "$RUN_DIR/train.json" checkpoint)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: [RUN_ID=name or number] [NOTES=file] scripts/report.sh      (make report)
-#        RUNS="a b c" scripts/report.sh                              (make compare)
+#        RUNS="a b c" scripts/report.sh --compare                    (make compare)
 # The completion report of a run, from its record: report.html, report.md in build/ENV/RUN. Without RUN_ID the newest of this
 # checkout, runs on this machine included. NOTES are a person's remarks: they stay in notes.md there, and in every later report.
 # RUNS: two runs or more side by side, in build/compare/compare.html.
@@ -50,6 +50,10 @@ record_of() {
 main() {
   local run out
   local -a records=()
+  if [[ ${1:-} == --compare ]]; then
+    [[ -n ${RUNS:-} ]] || die 2 'RUNS is not set' 'two runs or more are compared' 'make compare RUNS="a b"'
+    shift
+  fi
   no_arguments "${BASH_SOURCE[0]}" "$@"
   need_cmd python
   [[ -z ${NOTES:-} || -r $NOTES ]] || die 2 "NOTES=$NOTES can't be read" 'a text file with remarks' 'NOTES=notes.md'

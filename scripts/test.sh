@@ -10,6 +10,9 @@ suite=''
 count() { { grep -oE "[0-9]+ $1" "$2" || true; } | tail -n 1 | cut -d ' ' -f 1; }
 
 main() {
+  case ${1:-} in
+    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
+  esac
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   PATH=$PWD/.venv/bin:$PATH
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$PWD/scripts/test.sh"; fi

@@ -31,7 +31,11 @@ choose_run() {
   trap 'cleanup; rm -rf -- "${CLIENT_HOME:-$TEMP}"' EXIT
   [[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || die 2 "RUN_ID=$NAME" 'a run is named by its name or number' 'make status'
   [[ ${STEP:-} =~ ^[0-9]*$ ]] || die 2 "STEP=$STEP" 'a checkpoint is named by its step' 'STEP=500, or none for the newest'
-  local environment=${ENV:-${NAME%%-*}}
+  local environment=${ENV:-${NAME%%-*}} folder
+  # A run of this machine tells by its place which it was.
+  if [[ -z ${ENV:-}$NUMBER ]] && IFS=$'\t' read -r _ folder < <(local_records "$NAME"); then
+    folder=${folder#"$ROOT/build/"} environment=${folder%%/*}
+  fi
   [[ $environment =~ ^(test|minitest|production)$ ]] || environment=production
   choose_settings "$environment" ''
   # A run of this machine: the mini-test's bucket is embedded, its data are here. One that was submitted has another.

@@ -92,7 +92,10 @@ def test_the_shipped_files_are_those_of_the_plan() -> None:
         "config.local_minitest.yaml",
         "config.local_test.yaml",
     }
-    assert len(RECIPES) == 6
+    algorithms = {"baseline_mtp", "critic_wmtp", "rho1_wmtp"}  # and those that are added
+    assert {p.parent.name for p in RECIPES} == {"configs"}
+    for algorithm in algorithms:
+        assert sum(p.name == f"recipe.{algorithm}.yaml" for p in RECIPES) == 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

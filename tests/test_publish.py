@@ -107,6 +107,14 @@ def test_weights_that_were_cut_off_are_not_published(tmp_path: Path, name: str, 
     assert main(["survey", str(tmp_path / "work"), str(tmp_path / "m"), PREFIX]) == (0 if whole else 13)
 
 
+def test_settings_and_tokenizers_that_can_not_be_read_are_not_published(tmp_path: Path) -> None:
+    for name, text in (("params.json", '{"dim": 64,'), ("tokenizer.model", "no pieces")):
+        (tmp_path / name).write_text(text)
+        assert cut_off(tmp_path / name)
+    (tmp_path / "params.json").write_text('{"dim": 64}')
+    assert not cut_off(tmp_path / "params.json")
+
+
 def test_a_pointer_of_a_large_file_is_no_weights(tmp_path: Path) -> None:
     for name in ("a.bin", "a.safetensors"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13\n")

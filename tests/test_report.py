@@ -227,6 +227,24 @@ def test_runs_stand_side_by_side_with_what_is_set_differently(folder: Path, tmp_
     assert Page((tmp_path / "out/compare.html").read_text()).pictures == 3
 
 
+def test_steps_that_were_left_out_are_no_trained_ones(folder: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    write(folder, "steps", *(row | {"not_finite": max(0, row["step"] - 4)} for row in rows))
+    text, _ = made(folder, tmp_path / "out")
+    assert "completed, 4 steps, 8 were left out: not finite" in text
+    assert "| steps | 4 of 12, 8 were left out: not finite |" in text
+    assert "4 of 12 steps, 8 were left out: not finite — missed" in text
+
+
+def test_the_pause_between_two_parts_is_nobodys_wait(folder: Path, tmp_path: Path) -> None:
+    parts = [json.loads(line) for line in (folder / "parts.jsonl").read_text().splitlines()]
+    first = report.Run(folder).until_step(12)
+    began = parts[0]["began"]
+    write(folder, "parts", {"began": began - 900}, {"ended": began - 800, "code": 75}, *parts)
+    again = report.Run(folder).until_step(12)
+    assert first is not None and again == pytest.approx(first + 100)
+
+
 def test_a_folder_without_a_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no record of a run" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -17,6 +17,18 @@ def made(*sets: str, **facts: object) -> dict[str, object]:
     return made_of(config, recipe, **facts)
 
 
+def test_other_code_is_told_and_refuses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    before = made(rows_per_step=4)
+    assert len(str(before["code"])) == 12
+    refuse_changes(before, made(rows_per_step=4), [], 3)
+    refuse_changes(
+        {k: v for k, v in before.items() if k != "code"}, made(rows_per_step=4), [], 3
+    )  # of an older version
+    assert "warn" not in capsys.readouterr().err
+    refuse_changes(before | {"code": "0" * 12}, made(rows_per_step=4), [], 3)
+    assert "the checkpoint of step 3 was made by other code (src/wmtp was 000000000000, is " in capsys.readouterr().err
+
+
 def test_flat_names_nested_keys() -> None:
     assert flat({"a": {"b": 1, "c": [2]}, "d": 3}) == {"a.b": 1, "a.c": [2], "d": 3}
 

@@ -190,6 +190,7 @@ def test_a_falling_loss_is_no_spike() -> None:
         ({"grad_norm": 0.0}, "no gradient in the last 5 steps"),
         ({"w_ess": 0.05}, "weights collapsed: their effective sample size is 5 %"),
         ({"w_zeros": 0.95, "w_ess": 0.2}, "weights collapsed: 95 % of them are zero"),
+        ({"value_loss": 7.1e10}, "the value head has diverged: value_loss 7.1e+10"),
         ({"tokens_per_second": 900.0}, "throughput is down: 900 tok/s, 2000 before"),
         ({"data_wait_s": 0.15}, "data-bound: 15 % of the last 20 steps"),
     ],

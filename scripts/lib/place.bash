@@ -77,7 +77,11 @@ sync_one() {
     log sync "Download $label: $(mb "${BYTES[$label]}") MB"
     mkdir -p "$staging"
     PLAN=(--store "$STORE")
-    if [[ -n $FIRST && -d $FIRST/$name ]]; then PLAN+=(--also "$FIRST/$name"); fi
+    if [[ -n $FIRST && -d $FIRST/$name && ! -L $FIRST/$name ]]; then
+      PLAN+=(--also "$FIRST/$name")
+      # What came first left the bucket, too.
+      ((again)) || fetched=$(find "$FIRST/$name/" -type f -printf '%s\n' | awk '{s += $1} END {print s + 0}')
+    fi
     tries "$label" "${MANIFEST[$label]}" "${PREFIX[$label]}" "$staging" || rc=$?
     fetched=$((fetched + $(<"$TEMP/fetched")))
     case $rc in

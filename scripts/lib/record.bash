@@ -4,6 +4,12 @@
 
 RECORD='' KIND='' BUCKET=0 PAGE=()
 
+# known_runs: names of the newest runs of this checkout.
+known_runs() {
+  { local_records | cut -f2 && find "$ROOT"/build -mindepth 3 -maxdepth 3 -name run.id -printf '%h\n' 2>/dev/null; } | sed 's#.*/##' |
+    awk '!seen[$0]++' | head -n 5 | paste -sd ' ' | grep . || printf 'none\n'
+}
+
 # record_place NAME: BASE, the folder of all runs' checkpoints in the bucket, and the client; 1 where there is no bucket.
 BASE=''
 record_place() {
@@ -67,7 +73,7 @@ in_the_bucket() {
   if [[ -z ${LAUNCHER:-} ]] && filled VESSL_ACCESS_TOKEN; then return 1; fi
   ! compgen -G "$ROOT/build/${ENV:-*}/$RUN_ID/run.id" >/dev/null || return 1
   if [[ -z ${AWS_PROFILE:-}${AWS_WEB_IDENTITY_TOKEN_FILE:-}${AWS_CONTAINER_CREDENTIALS_RELATIVE_URI:-} ]] && ! filled AWS_ACCESS_KEY_ID; then
-    die 2 "RUN_ID=$RUN_ID: no such run" "$none; there are no credentials to ask VESSL or the bucket" 'export VESSL_ACCESS_TOKEN=… or AWS_ACCESS_KEY_ID=…; make monitor shows the newest run of this checkout'
+    die 2 "RUN_ID=$RUN_ID: no such run" "$none; there are no credentials to ask VESSL or the bucket" "here: $(known_runs); else export VESSL_ACCESS_TOKEN=… or AWS_ACCESS_KEY_ID=…"
   fi
   own
   record_place "$RUN_ID" || die 2 "RUN_ID=$RUN_ID: no such run" "$none" 'make monitor shows the newest run of this checkout'

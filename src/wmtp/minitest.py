@@ -37,6 +37,8 @@ def rows(folder: Path, extra: list[str], seconds: int) -> dict[str, Any]:
 
 def not_learned(figures: dict[str, Any]) -> str | None:
     """What is wrong with the held-out loss of a run; None where it fell."""
+    if 2 * (bad := figures.get("not_finite") or 0) > figures.get("steps", 0):
+        return f"{bad} of {figures['steps']} steps were left out: not finite"
     before, after = figures.get("held_out_ce_before"), figures.get("held_out_ce_after")
     if before is None or after is None:
         return "no held-out loss was measured"

@@ -50,6 +50,7 @@ PLANNED = {  # what the plan names, whether or not this recipe uses it
     "tokenizer": ("hf-sentencepiece", "hf-transformers"),
 }
 GPU_MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "L40S": 48, "A10G": 24, "V100": 32, "T4": 16}
+RATE_MOST = 0.1  # AdamW moves each weight by about the rate: larger ones diverge
 NO_BF16 = ("V100", "T4", "P100")
 PRESET_GPUS = {"gpu-a100-80g-small": 1, "gpu-a100-80g-medium": 2, "gpu-a100-80g-large": 4}
 
@@ -126,6 +127,13 @@ def check_configuration(
         ]
         resolved.append({"config": config_file, "recipe": recipe_file, "keys": rows})
         counts = Counter("default" if r["from"] == "default" else "named" for r in rows)
+        for key in ("optim.lr", "pretrain.lr", "critic.value_lr"):
+            for rate in (r["value"] for r in rows if bare(r["key"]) == key):
+                if isinstance(rate, float) and rate > RATE_MOST:
+                    told_as = f"{rate:g} is larger than what trains"
+                    findings.append(
+                        Finding(1, WARN, key, told_as, f"--set {key}=1e-4", f"a rate is at most {RATE_MOST:g}")
+                    )
         variables = sorted({n for r in rows for n in named_variables(r["from"])})
         findings.append(
             Finding(
@@ -378,7 +386,9 @@ def unusable(algo: str) -> str:
     """Why a trainer's function can't be called with what there is; empty where it can."""
     asked = registry.asked_by(algo)
     if strange := sorted(asked - registry.GIVEN.keys()):
-        return f"asks for {', '.join(strange)}; what there is: {', '.join(registry.GIVEN)}"
+        there = ", ".join(registry.GIVEN)
+        own = "(registry.GIVEN, where a setting of its own is a line)"
+        return f"asks for {', '.join(strange)}; what there is: {there} {own}"
     if {"ref_aligned", "delta_aligned"} <= asked:
         return "asks for ref_aligned and for delta_aligned: a run has one scorer"
     return ""

@@ -523,7 +523,7 @@ def findings_of(args: argparse.Namespace, recipe_file: str, models: Models, only
             yield from check()
         except Exception as error:
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            following = f"python -m wmtp.preflight_torch --only {what} --verbose …, which shows where"
+            following = f"ONLY={what} make dryrun, with the same ENV, ALGO and SET"
             yield Finding(
                 4 if what == "memory" else 5, FAIL, what, told, following, "a check that can't be done has failed"
             )

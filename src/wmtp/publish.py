@@ -28,6 +28,7 @@ from typing import Any
 
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
+from sentencepiece import SentencePieceProcessor
 
 from wmtp.manifest import CLAIM, MANIFEST, Manifest, ManifestError, document, load_manifest, walk, written
 from wmtp.staging import copy_line
@@ -127,15 +128,18 @@ class Publish:
         found = {path: fact(file.stat()) for path, file in walk(self.folder).items()}
         if not found:
             raise ManifestError(f"{self.folder} holds no file")
-        for path in found:
-            if lacks := cut_off(self.folder / path):
-                raise ManifestError(
-                    f"{self.folder / path} is no whole file of weights: {lacks}; rule: what is published can be "
-                    "loaded; next: fetch or export it again"
-                )
         # The limits of a manifest are known before anything is uploaded.
         document(self.name, [{"path": path, "bytes": f.bytes, "blake3": "0" * 64} for path, f in found.items()])
         return found
+
+    def need_whole(self, found: Iterable[str]) -> None:
+        """Raise ManifestError with the first file of a model that can't be what it was."""
+        for path in found if "/models/" in self.prefix else ():
+            if lacks := cut_off(self.folder / path):
+                raise ManifestError(
+                    f"{self.folder / path} is not whole: {lacks}; rule: what is published can be "
+                    "loaded; next: fetch or export it again"
+                )
 
     def hash(self, paths: Iterable[str]) -> Iterator[str]:
         """Begins at once; paths as their hashes are known, each kept as it comes."""
@@ -291,11 +295,11 @@ POINTER = b"version https://git-lfs"
 
 
 def cut_off(path: Path) -> str:
-    """What a file of weights lacks by its own header or directory; empty where it is whole, or of another kind.
+    """What a file of a model lacks by its header, directory or grammar; empty where it is whole, or of another kind.
 
     No weights are read: a shortened download, or the pointer of a large file's storage in its place, shows at once.
     """
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".json") and path.name != "tokenizer.model":
         return ""
     with path.open("rb") as stream:
         begins = stream.read(len(POINTER))
@@ -309,6 +313,13 @@ def cut_off(path: Path) -> str:
             return str(error)
     if begins.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         return "its directory, which is its end, is not there"
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.name == "tokenizer.model":
+            SentencePieceProcessor(model_file=str(path))
+    except (ValueError, RuntimeError) as error:
+        return " ".join(str(error).split())
     return ""
 
 
@@ -323,7 +334,9 @@ def say(text: str) -> None:
 
 def _run(verb: str, publish: Publish, force: bool) -> None:
     if verb == "survey":
-        lines = (json.dumps([path, *astuple(first)]) + "\n" for path, first in publish.survey().items())
+        found = publish.survey()
+        publish.need_whole(found)
+        lines = (json.dumps([path, *astuple(first)]) + "\n" for path, first in found.items())
         (publish.work / "facts").write_text("".join(lines), encoding="utf-8")
     elif verb == "look":
         verdict, digest, said = publish.look(force)

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ class Run:
             return "running" if time.time() - parts[-1].ended < 300 else "killed"
         return {0: "completed", 75: "stopped", None: "killed"}.get(parts[-1].code, "failed")
 
+    @property
+    def not_finite(self) -> int:
+        """Steps from which nothing was taken."""
+        return int(self.steps[-1].get("not_finite") or 0) if self.steps else 0
+
+    @property
+    def trained(self) -> int:
+        """Steps that changed the model."""
+        return len(self.steps) - self.not_finite
+
+    @property
+    def left_out(self) -> str:
+        return f", {self.not_finite} were left out: not finite" if self.not_finite else ""
+
     def phase(self, name: str) -> float | None:
         """Seconds of a phase over all parts; None where none has it."""
         found = [p["ended"] - p["began"] for p in self.phases if p.get("phase") == name]
@@ -113,7 +128,12 @@ class Run:
     def until_step(self, number: int) -> float | None:
         """Seconds from the run's first start to the end of step ``number``, or of the last where there are fewer."""
         found = [s["at"] for s in self.steps if "at" in s and s["step"] <= number]
-        return max(found) - self.ledger.parts[0].began if found and self.ledger.parts else None
+        if not found or not self.ledger.parts:
+            return None
+        at, parts = max(found), self.ledger.parts
+        # Between two parts nothing was paid for, and nobody waited.
+        pauses = sum(max(b.began - a.ended, 0) for a, b in pairwise(parts) if b.began < at)
+        return at - parts[0].began - pauses
 
     def held_out(self) -> tuple[list[float], list[float]]:
         """Per head, before and after; empty where nothing was held out."""
@@ -178,8 +198,8 @@ def survived(run: Run) -> list[tuple[str, str, str]]:
                 "redone.jsonl",
             )
         )
-    if bad := (run.steps[-1].get("not_finite") if run.steps else 0):
-        rows.append(("left out", f"{bad:.0f} steps that were not finite", "steps.jsonl"))
+    if run.not_finite:
+        rows.append(("left out", f"{run.not_finite} steps that were not finite", "steps.jsonl"))
     rows += [("warning", text, "steps.jsonl") for text in vitals.warnings(vitals.read("", record=run.folder))]
     log = run.folder / "log.txt"
     told = [
@@ -212,20 +232,24 @@ def plan_rows(run: Run) -> list[tuple[str, str, str]]:
     each = f", {seconds(most)} at most at a time" if took and most < took else ""
     fetched = f"{NONE if run.moved is None else f'{moved:.2f} GB'} in {seconds(took)}{rate}{each}"
     ranks = f"{world} ranks on {run.facts.get('device')}, FSDP {'on' if sharding else 'off'}"
-    trained = f"{len(run.steps)} of {run.facts.get('total_steps')} steps"
+    trained = f"{run.trained} of {run.facts.get('total_steps')} steps{run.left_out}"
     begun = f"{seconds(ten)} from the node's start to step {min(10, len(run.steps))}"
     aligned = "settings resolved, models found, folders writable"
     return [
-        ("path alignment", "everything under /app", state(run.facts, True, aligned)),
+        ("path alignment", "everything under /app (here: WMTP_APP_ROOT)", state(run.facts, True, aligned)),
         ("model download", "about 5 min for 63 GB", state(took is not None, None if small else most <= 330, fetched)),
         ("distributed start", "4 GPUs, FSDP", state(world, None if small else world == 4, ranks)),
-        ("training starts", "without running out of memory", state(run.steps, True, trained)),
+        ("training starts", "without running out of memory", state(run.steps, run.trained > run.not_finite, trained)),
         (
             "MLflow tracking",
             "kept in S3",
             state(tracked, True if where.startswith("s3:") else None if small else False, f"{tracked} in {where}"),
         ),
-        ("whole deployment", "under 3 h, to the tenth step", state(ten is not None, (ten or 0) < 10800, begun)),
+        (
+            "whole deployment",
+            "under 3 h, to the tenth step",
+            state(ten is not None, None if small else (ten or 0) < 10800, begun),
+        ),
     ]
 
 
@@ -256,6 +280,9 @@ WEIGHTS = {
     "w_ess": "effective sample size, a share of the tokens",
     "w_entropy": "entropy over a position's heads (1: even)",
     "w_zeros": "share of the weights that are 0",
+    "w_min": "smallest weight",
+    "w_max": "largest weight",
+    "value_loss": "squared error of the value head",
 }
 
 
@@ -297,7 +324,7 @@ def sections(run: Run, notes: str) -> list[Section]:
     facts, config = run.facts, run.facts.get("config", {})
     verdict = [
         ("state", run.state + (f": {run.exit['cause']}" if run.exit.get("cause") else ""), "parts.jsonl, exit.json"),
-        ("steps", f"{len(run.steps)} of {figure(facts.get('total_steps'))}", "steps.jsonl"),
+        ("steps", f"{run.trained} of {figure(facts.get('total_steps'))}{run.left_out}", "steps.jsonl"),
         ("held-out loss", learned(run), "evals.jsonl"),
     ]
     if run.failure and run.state not in ("completed", "running"):  # else an earlier part's, which was survived
@@ -416,7 +443,8 @@ def compared(runs: list[Run]) -> list[Section]:
         ("steps", [str(len(r.steps)) for r in runs]),
         ("held-out loss", [learned(r) for r in runs]),
         ("held out per head, after", [heads(r.held_out()[1]) for r in runs]),
-        ("tokens per second", [figure(r.median("tokens_per_second"), "{:.0f}") for r in runs]),
+        *((what, [figure(r.median(key), "{:.3f}") for r in runs]) for key, what in WEIGHTS.items()),
+        ("tokens per second (median)", [figure(r.median("tokens_per_second"), "{:.0f}") for r in runs]),
         (
             "memory, GiB",
             [
@@ -579,7 +607,7 @@ def main(argv: list[str] | None = None) -> int:
             text = args.notes.read_text(errors="replace")
             kept.write_text(text)
         notes = kept.read_text() if kept.is_file() else ""
-        lead = f"{run.name}: {run.state}, {len(run.steps)} steps, held-out loss {learned(run)}."
+        lead = f"{run.name}: {run.state}, {run.trained} steps{run.left_out}, held-out loss {learned(run)}."
         print(write(args.out, "report", "WMTP completion report", lead, sections(run, notes)))
     except OSError as error:
         print(

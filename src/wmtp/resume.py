@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from wmtp import config as settings
@@ -11,6 +13,8 @@ from wmtp.outcome import BadInput, say
 FREE = ("run.name", "run.tags", "eval.", "pretrain.save_value_head")
 """Keys of a recipe that no step depends on: names, and how often is looked."""
 DIGESTS = ("data", "scores")
+CODE = "code"
+"""Told where it has changed, not refused: what ended a run may be what was mended."""
 FIXED = ("rows_per_step",)
 """What can't be allowed: which rows were seen is known by the number of the step."""
 
@@ -24,7 +28,13 @@ def made_of(config: settings.Config, recipe: settings.Recipe, **facts: Any) -> d
     kept |= {"seed": config.seed, "devices.mixed_precision": config.devices.mixed_precision}
     if config.devices.compile:  # compiled kernels round otherwise
         kept["devices.compile"] = True
-    return kept | facts
+    return kept | {CODE: code_digest()} | facts
+
+
+def code_digest() -> str:
+    """Of the package that trains: a changed rule under the same name is another run, which no setting shows."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def parts_of(trainer: Mapping[str, Any], step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,6 +52,12 @@ def parts_of(trainer: Mapping[str, Any], step: int) -> tuple[dict[str, Any], dic
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], step: int) -> None:
     """Raise BadInput with every difference that is not allowed by its name; those that are, are told."""
     absent = "not set"
+    if CODE in before and before[CODE] != now.get(CODE):
+        say(
+            f"train     warn  the checkpoint of step {step} was made by other code (src/wmtp was {before[CODE]}, is "
+            f"{now.get(CODE)}): if what is learned changed with it, take another run name"
+        )
+    before, now = ({key: value for key, value in made.items() if key != CODE} for made in (before, now))
     changed = [key for key in sorted({*before, *now}) if before.get(key, absent) != now.get(key, absent)]
     lines = {key: f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}" for key in changed}
     if refused := [key for key in changed if key not in allowed or key in FIXED]:

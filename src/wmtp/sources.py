@@ -262,7 +262,8 @@ def _field(fields: Mapping[str, Any], keys: Iterable[str], place: str) -> str:
             except UnicodeEncodeError:
                 raise _bad(place, f"has half of a character (a lone surrogate) in {key!r}") from None
             return value
-    raise _bad(place, f"has neither {' nor '.join(map(repr, keys))}")
+    have = ", ".join(map(repr, list(fields)[:6])) or "nothing"
+    raise _bad(place, f"has neither {' nor '.join(map(repr, keys))} (it has {have})")
 
 
 ONE_OBJECT = "each line of a .jsonl is one JSON object"

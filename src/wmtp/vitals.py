@@ -25,6 +25,7 @@ TAIL_BYTES = 2**20  # of a growing file, at most: some thousand steps, or a day'
 NODE_EVERY_S = 10.0
 SILENT_HERE_S, SILENT_MIRROR_S = 60.0, 180.0  # a node writes every 10 s; its mirror is renewed every 30
 QUIET_S = 1800.0  # before the first step and after the last: loading, scoring, uploading
+VALUE_LOSS_MOST = 1e4
 RECENT = 5  # steps that a figure or a warning speaks of
 EARLIER = 50  # steps before these, which it is compared with
 ENDED = ("completed", "failed", "terminated")
@@ -369,7 +370,8 @@ def figures(lines: list[Line], key: str) -> list[float]:
 
 def warnings(seen: Seen) -> list[str]:
     """What a person would want to be told, a line each."""
-    told = [loss_not_finite(seen), loss_spiking(seen), no_gradient(seen), slow(seen), data_bound(seen), collapsed(seen)]
+    told = [loss_not_finite(seen), loss_spiking(seen), no_gradient(seen), value_head(seen), slow(seen)]
+    told += [data_bound(seen), collapsed(seen)]
     if standing(seen).live:
         told += [no_life(seen) or no_progress(seen)]
     return [text for text in told if text]
@@ -407,6 +409,16 @@ def no_gradient(seen: Seen) -> str | None:
     if len(norms) < RECENT or max(norms) > 1e-8:
         return None
     return f"no gradient in the last {RECENT} steps: nothing is learned any more (was optim.lr too high?)"
+
+
+def value_head(seen: Seen) -> str | None:
+    """Its squared error is far beyond any reward's square: the weights, which come from it, mean nothing."""
+    errors = figures(seen.steps[-RECENT:], "value_loss")
+    if not errors or median(errors) <= VALUE_LOSS_MOST:
+        return None
+    return (
+        f"the value head has diverged: value_loss {median(errors):.3g} (was pretrain.lr or critic.value_lr too high?)"
+    )
 
 
 def slow(seen: Seen) -> str | None:
