@@ -388,7 +388,7 @@ def test_the_last_that_was_known_of_memory(tmp_path: Path) -> None:
             'make submit ENV=production ALGO=rho1-wmtp RUN_NAME=r RESUME=1 SET="optim.lr=1e-05" ALLOW="optim.lr"',
         ),
         (2, "data", "make dryrun ENV=minitest ALGO=rho1-wmtp", "make dryrun ENV=production ALGO=rho1-wmtp"),
-        (2, "model files", "make verify-models NAME=a-base", "make verify-models NAME=a-base"),
+        (2, "model files", "make dryrun ENV=minitest ALGO=rho1-wmtp", "make verify-models NAME=a-base"),
         (20, "network", "make minitest ALGO=rho1-wmtp RUN_NAME=r", "make resume RUN_ID=r"),
         (75, "preempted", "make minitest ALGO=rho1-wmtp RUN_NAME=r", "make resume RUN_ID=r"),
         (3, "credentials", "make models", "make models"),

@@ -453,6 +453,8 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
     if kind == MODEL_FILES:
         if env == "test":
             return again(run, facts)
+        if here:  # its bucket ended with it
+            return f"make dryrun {pair}{chosen}"
         models = setting(facts, "paths.models") or {}
         names = [str(uri).rstrip("/").rpartition("/")[2] for uri in models.values()] if isinstance(models, dict) else []
         named = next((name for name in names if name and name in evidence.text), None)
