@@ -127,7 +127,7 @@ main() {
   dir=$(cd "$dir" && pwd)
   LAST=$dir DATA=$dir/data
   exec 3<&0
-  hold "$dir/.lock" "another server uses $dir" 'one server a folder' "${*##"$ROOT"/}${RUN_NAME:+ $RUN_NAME}"
+  hold "$dir/.lock" "another server uses $dir" 'one server a folder: one mini-test at a time' "${*##"$ROOT"/}${RUN_NAME:+ $RUN_NAME}"
   mkdir -p "$DATA"
   with_server "$@"
 }

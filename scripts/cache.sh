@@ -22,7 +22,7 @@ evict_wanted() {
     act evict_one "$digest" "$name" "$bytes" || left=1
   done < <(python -m wmtp.cache spare "$STORE" "$MODELS")
   ((found || left)) || [[ $what == unused ]] ||
-    die 1 "$what: no version of this name or digest that nobody uses" 'what is used stays' 'scripts/cache.sh shows what uses it'
+    die 1 "$what: no version of this name or digest that nobody uses" 'what is used stays' 'make cache shows what there is, and what uses it'
   return "$left"
 }
 

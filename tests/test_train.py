@@ -105,7 +105,8 @@ def test_killed_and_resumed_gives_the_same_losses(app: Path, algorithm: str, kil
         assert all(0 < w < 1 for w in weights[1:])
     assert not (app / "facts.json").exists()  # its exit file lies in no folder of its name
     if algorithm == "critic-wmtp":
-        assert re.search("value head learns the reward: 7 steps, goes on after step [36]|trained before", cut.log())
+        if kills > 1:  # one of them in stage 1
+            assert re.search("value head learns the reward: 7 steps, goes on after step [36]|trained before", cut.log())
         assert [r["value_loss"] for r in cut.records()] == [r["value_loss"] for r in whole.records()]
 
 

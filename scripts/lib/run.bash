@@ -69,8 +69,12 @@ find_run() {
     [[ ! -f $RUN_DIR/run.env ]] || launcher=docker
   fi
   if [[ -z $NUMBER && ${launcher:-local} == local ]] && IFS=$'\t' read -r _ file < <(local_records "$wanted"); then
-    die 2 "${file##*/} is a run of this machine: it began and ended with its command" 'a run that was submitted has a status, a log and an end of its own' \
-      "make monitor RUN_ID=${file##*/}; the command that started it goes on with it"
+    local name=${file##*/} code algo
+    code=$(sed -nE 's/.*"code": ([0-9]+).*/\1/p' "$file/exit.json" 2>/dev/null || true)
+    algo=$(sed -nE 's/^ *"algo": "([a-z0-9-]+)".*/\1/p; s/.*[{,] *"algo": "([a-z0-9-]+)".*/\1/p' "$file/facts.json" 2>/dev/null | head -n 1 || true)
+    case $code in '') code='it runs, or was killed' ;; 0) code=completed ;; 75) code='stopped, saved' ;; *) code="failed (code $code)" ;; esac
+    die 2 "$name is a run of this machine: $code" 'it begins and ends with its command; a run that was submitted has a status and an end of its own' \
+      "make monitor RUN_ID=$name; its log: ${file#"$ROOT/"}/log.txt; on: make $([[ $file == */minitest/app/* ]] && echo minitest || echo train)${algo:+ ALGO=$algo} RUN_NAME=$name"
   fi
   use_launcher "${launcher:-vessl}"
   if [[ -z $NUMBER ]]; then

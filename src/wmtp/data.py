@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -478,12 +479,16 @@ def read_sets(
     Raises DataError for bad data, for HumanEval to train on, and for a side without a document.
     """
 
+    def told_of(name: str) -> Tell:
+        return lambda text: tell(re.sub(r"^(data +)(?!warn)", rf"\g<1>{name}/", text))
+
     def tokens(names: Sequence[str], allowed: bool) -> list[Tokens]:
         found = []
         for name in names:
             folder = folders[name]
             try:
-                found.append(joined([tokens_of(part, tokenizer, shelf, threads, tell) for part in parts_of(folder)]))
+                parts = parts_of(folder)
+                found.append(joined([tokens_of(part, tokenizer, shelf, threads, told_of(name)) for part in parts]))
                 if not len(found[-1].lengths):
                     raise no_record(folder, found[-1].counts)
             except DataError as error:
@@ -509,6 +514,8 @@ def read_sets(
     together, own = joined([*held, *train]), joined(train)
     named = len(together.lengths) - len(own.lengths)
     trained, split = sides(own.digests, own.keys, together.keys[:named], data.eval.share)
+    if known := int((~trained & ~split).sum()):
+        tell(f"data      {known} of {len(trained)} documents are not trained on: what is held out has the same text")
     sets = {"train": corpus(own, data.train.sources, trained, data.train)}
     if data.eval.held_out:
         chosen = np.concatenate((np.ones(named, dtype=bool), split))

@@ -31,7 +31,7 @@ KINDS = (
     ("vocabularies", "one vocabulary in all models", ("vocabularies",)),
     ("start", "Python, torch, the process group", ("imports", "ranks")),
     ("lost", "after the last step of a part that failed or was killed", ()),
-    ("other", "none of these", ()),
+    ("other", "none of these: between phases, and until the last process has ended", ()),
 )
 ORDER = [kind for kind, _, _ in KINDS]
 MEANING = {kind: meaning for kind, meaning, _ in KINDS}

@@ -72,6 +72,10 @@ def figure(value: Any, form: str = "{}") -> str:
     return NONE if value in (None, "", []) else form.format(value)
 
 
+def image_of(facts: dict[str, Any]) -> str:
+    return "none: it ran on this machine itself" if facts.get("launcher") == "local" else figure(facts.get("image"))
+
+
 def moment(at: float | None) -> str:
     return NONE if at is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
 
@@ -205,7 +209,7 @@ def survived(run: Run) -> list[tuple[str, str, str]]:
     told = [
         t
         for t in (log.read_text(errors="replace").splitlines() if log.is_file() else [])
-        if " warn  " in t or " FAIL  " in t
+        if (" warn  " in t or " FAIL  " in t) and "ended with 75 after" not in t  # it was told to, and saved
     ]
     for text in list(dict.fromkeys(told))[-12:]:
         stage, _, rest = text.partition(" ")
@@ -255,7 +259,7 @@ def plan_rows(run: Run) -> list[tuple[str, str, str]]:
 
 def template_rows(run: Run) -> list[tuple[str, str, str]]:
     """The phases of the plan's report."""
-    rows = [("path alignment", f"work folder /app, image {figure(run.facts.get('image'))}", "facts.json")]
+    rows = [("path alignment", f"work folder /app, image {image_of(run.facts)}", "facts.json")]
     for line in run.sync:
         mb, s = line.get("downloaded_bytes", 0) / 1e6, line.get("seconds", 0.0)
         rows.append(
@@ -276,6 +280,7 @@ def template_rows(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
+FEW_STEPS = 100
 WEIGHTS = {
     "w_ess": "effective sample size, a share of the tokens",
     "w_entropy": "entropy over a position's heads (1: even)",
@@ -339,7 +344,7 @@ def sections(run: Run, notes: str) -> list[Section]:
     versions = ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items())
     where = [
         ("revision", figure(facts.get("revision")), "facts.json"),
-        ("image", figure(facts.get("image")), "facts.json"),
+        ("image", image_of(facts), "facts.json"),
         ("algorithm, environment", f"{figure(facts.get('algo'))}, {figure(facts.get('env'))}", "facts.json"),
         ("host", f"{figure(facts.get('host'))}, {device}", "facts.json"),
         ("cluster", f"{launcher.get('cluster') or 'none'}: {gpus}", "facts.json"),
@@ -478,8 +483,16 @@ def compared(runs: list[Run]) -> list[Section]:
     for title, unit, points in shown:
         drawn = plots.overlay(list(zip(short, points, strict=True)), title, unit, marked=points is held)
         curves.figures.append((title.split(",")[0].lower(), drawn))
+    shortest = min(len(r.steps) for r in runs)
+    limits = Section("What this can't show")
+    if shortest < FEW_STEPS:
+        limits.text = (
+            f"{shortest} steps tell no algorithm from another, and their speed is that of what else the machine "
+            "did. More steps, and more than one seed, would."
+        )
     return [
         Wide("Side by side", names, rows),
+        *([limits] if limits.text else []),
         Wide("Set differently", names, different or [("nothing", ["the same"] * len(runs))]),
         curves,
     ]
