@@ -60,6 +60,7 @@ run_suites() {
   ENV=minitest SET="launcher.image=$WMTP_REGISTRY/team/wmtp:latest" DOCKER_BUILDKIT=0 scripts/build.sh >/dev/null 9>&- || return
   for i in "${!groups[@]}"; do
     read -ra suite <<<"${groups[i]}"
+    : >"$HERE/bats.$i.log" # there before anybody follows it
     setsid setpriv --pdeathsig TERM bats --tap --timing "${filter[@]}" "${suite[@]}" </dev/null >"$HERE/bats.$i.log" 2>&1 9>&- &
     SUITES+=("$!")
   done
