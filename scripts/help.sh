@@ -4,10 +4,12 @@
 # Exit codes: 0 done, 2 no such file.
 set -Eeuo pipefail
 shopt -s inherit_errexit
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 
 main() {
   case ${1:-} in
-    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
+    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
   esac
   [[ -f ${1:-} ]] || {
     echo "help: FAIL  no Makefile named '${1:-}'" >&2

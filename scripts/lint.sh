@@ -4,6 +4,8 @@
 # Exit codes: 0 clean, 1 findings.
 set -Eeuo pipefail
 shopt -s inherit_errexit
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 
 failed=()
 
@@ -18,10 +20,9 @@ check() {
 
 main() {
   case ${1:-} in
-    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
+    -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
   esac
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  PATH=$PWD/.venv/bin:$PATH
+  cd "$ROOT"
   local -a shell docker=()
   mapfile -t shell < <(git ls-files --cached --others --exclude-standard -- '*.sh' '*.bash' .ci/run 'bats/stubs/*')
   mapfile -t docker < <(git ls-files --cached --others --exclude-standard -- Dockerfile)

@@ -4,18 +4,17 @@
 # Standard output: the runners' own, then a plain `N passed, N failed` line. Exit codes: 0 all passed, 1 not.
 set -Eeuo pipefail
 shopt -s inherit_errexit
+# shellcheck source=scripts/lib/common.bash
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.bash"
 
 suite=''
 
 count() { { grep -oE "[0-9]+ $1" "$2" || true; } | tail -n 1 | cut -d ' ' -f 1; }
 
 main() {
-  case ${1:-} in
-    -h | --help) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && return 0 ;;
-  esac
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  PATH=$PWD/.venv/bin:$PATH
-  if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$PWD/scripts/test.sh"; fi
+  no_arguments "${BASH_SOURCE[0]}" "$@"
+  cd "$ROOT"
+  if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$ROOT/scripts/test.sh"; fi
   export OMP_NUM_THREADS=1
   local -a tied=()
   local rc=0 passed failed ok bad started=$SECONDS
