@@ -300,3 +300,10 @@ def test_a_receipt_that_cannot_be_kept(capsys: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "build").write_text("a file")
     code, report, told = run(capsys, *CLUSTER, "--recipe", ALL[0], "--receipt-dir", str(tmp_path / "build"))
     assert code == 10 and report["counts"][FAIL] == 0 and "next  make it writable" in told
+
+
+@pytest.mark.parametrize("key", ["optim.lr", "pretrain.lr", "critic.value_lr"])
+def test_a_rate_that_no_training_survives_is_a_warning(capsys: pytest.CaptureFixture[str], key: str) -> None:
+    code, report, _ = run(capsys, *CLUSTER, "--recipe", ALL[2], "--set", f"{key}=30000")
+    (found,) = [f for f in report["findings"] if f["verdict"] == "warn"]
+    assert code == 0 and (found["subject"], found["detail"]) == (key, "30000 is larger than what trains")

@@ -127,13 +127,11 @@ def check_configuration(
         ]
         resolved.append({"config": config_file, "recipe": recipe_file, "keys": rows})
         counts = Counter("default" if r["from"] == "default" else "named" for r in rows)
+        rates = settings.flat(both["recipe"])
         for key in ("optim.lr", "pretrain.lr", "critic.value_lr"):
-            for rate in (r["value"] for r in rows if bare(r["key"]) == key):
-                if isinstance(rate, float) and rate > RATE_MOST:
-                    told_as = f"{rate:g} is larger than what trains"
-                    findings.append(
-                        Finding(1, WARN, key, told_as, f"--set {key}=1e-4", f"a rate is at most {RATE_MOST:g}")
-                    )
+            if rates[key] > RATE_MOST:
+                told_as = f"{rates[key]:g} is larger than what trains"
+                findings.append(Finding(1, WARN, key, told_as, f"--set {key}=1e-4", f"a rate is at most {RATE_MOST:g}"))
         variables = sorted({n for r in rows for n in named_variables(r["from"])})
         findings.append(
             Finding(
