@@ -36,7 +36,7 @@ known() { "$REAL_PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])
 
 @test "bundle: a failed training is explained before the last words, in the log and in the record" {
   TRAINER=fails run -20 --separate-stderr startup
-  [[ $stderr == *'startup   one failed: bug, in imports after step 7 (code 20):'*'startup   next: less '*'FAIL  training ended with 20'* ]]
+  [[ $stderr == *'startup   one failed: bug, in imports after step 7 (code 20):'*'FAIL  training ended with 20'*$'\n          next  less '* ]]
   [[ $(known class) == bug && $(known evidence) == 'exit.json: loss nan: not finite' && $(known step) == 7 ]]
   grep -q '^one failed: bug' "$record/failure.md"
   run -0 tar -tzf "$record/bundle.tar.gz"
@@ -51,7 +51,7 @@ known() { "$REAL_PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])
 
 @test "bundle: vocabularies that differ and a model that is missing have their class and their command" {
   FAIL_check_vocab=14 run -14 --separate-stderr startup
-  [[ $stderr == *'one failed: vocabulary, in vocabularies (code 14):'*'next: make check-vocab ENV=minitest ALGO=baseline-mtp'* ]]
+  [[ $stderr == *'one failed: vocabulary, in vocabularies (code 14):'*'next  make check-vocab ENV=minitest ALGO=baseline-mtp'* ]]
   [[ $stderr != *Killed* ]] # the trainer that waits is ended without a word of bash's
   [[ $(known class) == vocabulary && $(known phase) == vocabularies ]]
   FAIL_sync_models=13 run -13 --separate-stderr startup

@@ -120,7 +120,7 @@ train() {
   fi
   [[ $code != *$'\n'* ]] || cause=${code#*$'\n'} code=${code%%$'\n'*}
   ((code != 0 || rc == 0)) || leave 20 "the trainer wrote 0, but its launcher ended with $rc after $took s" 'every rank ends with 0'
-  ((code == 0)) || leave "$code" "training ended with $code after $took s: $cause" 'the code is the one of exit.json'
+  ((code == 0)) || leave "$code" "training ended with $code after $took s: $cause"
   log startup "training ok: $took s"
   log startup "done in $SECONDS s: $summary"
   printf '%s\n' "$summary"

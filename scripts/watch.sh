@@ -26,7 +26,7 @@ again() {
     WHY='a person stopped it' CODE=143
     return 1
   fi
-  if grep -q 'MAX_HOURS' <<<"$(printf '%s\n' "$@" | grep 'FAIL  ' || true)"; then
+  if printf '%s\n' "$@" | grep -qE '(FAIL  |stopped: )MAX_HOURS'; then
     WHY='its hours are used up' CODE=75
     return 1
   fi

@@ -22,7 +22,7 @@ TRACKED = subprocess.run(
 OF_THE_PLAN = "docs/plan.md"  # its first column has names that are others here
 PAGES = [ROOT / name for name in TRACKED if (ROOT / name).is_file() and name != OF_THE_PLAN]
 MAKEFILE = (ROOT / "Makefile").read_text()
-KEYS = {*config._all_keys(config.Config), *config._all_keys(config.Recipe)}
+KEYS = {*config.all_keys(config.Config), *config.all_keys(config.Recipe)}
 
 
 def named(page: Path) -> str:

@@ -36,7 +36,17 @@ def test_the_parts_of_a_step_are_told_apart() -> None:
     assert 0.02 <= figures["data_wait_s"] < 0.05 and figures["checkpoint_stall_s"] < 0.01
     assert figures["step_seconds"] >= 0.07 and figures["tokens_per_second"] == 700 / figures["step_seconds"]
     assert 0.01 < figures["memory_gib"] < 100 and "mfu" not in figures  # a CPU has no peak that is known
-    assert p.tokens == 700
+
+
+def test_the_speed_of_a_run_is_that_of_a_typical_step_without_the_first() -> None:
+    p = pace()
+    assert p.typical() is None
+    for seconds in (0.05, 0.01, 0.01):
+        p.begin()
+        time.sleep(seconds)
+        figures = p.end(100)
+        assert p.typical() is not None
+    assert p.typical() > 100 / 0.02 and p.typical() >= min(figures["tokens_per_second"], 100 / 0.02)
 
 
 def test_a_log_gets_the_lines_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

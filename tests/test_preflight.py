@@ -142,8 +142,17 @@ def test_only_what_was_asked_for_is_checked(
     assert {f["heading"] for f in report["findings"]} == headings
     assert report["only"] and all((f"{n}/5" in told) == (n in headings) for n in range(1, 6))
     with pytest.raises(SystemExit) as ended:
-        run(capsys, *CLUSTER, "--recipe", ALL[2], "--only", "1,everything")
+        run(capsys, *CLUSTER, "--recipe", ALL[2], "--only", "1,modles")
     assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "FAIL  --only 1,modles: modles is no check" in told and "next  ONLY=models" in told
+
+
+def test_what_is_wrong_is_said_again_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    told = run(capsys, *CLUSTER, "--recipe", ALL[0], "--set", "launcher.resources.gpus=2")[2]
+    *_, title, line, _ = told.splitlines()
+    assert title == "what is wrong (1)"
+    assert line.strip() == "preset: gpu-a100-80g-large has 4 GPUs, launcher.resources.gpus is 2"
 
 
 def test_the_table_fits_its_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +260,13 @@ def test_an_algorithm_that_asks_for_what_there_is_not_is_found(
     found = [f for f in preflight.check_registry([]) if f.verdict == FAIL]
     assert [f.subject for f in found] == ["trainer baseline-mtp"] and word in found[0].detail
     assert "wmtp.objective:baseline_mtp" in found[0].next
+
+
+def test_a_setting_that_no_recipe_has_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.KEYS, "mix", "loss.lambada")
+    found = [f for f in preflight.check_registry([]) if f.verdict == FAIL]
+    assert {f.subject for f in found} == {"trainer rho1-wmtp", "trainer critic-wmtp"}
+    assert "the recipe's loss.lambada: no recipe has that key" in found[0].detail
 
 
 def test_what_was_found_twice_is_said_once() -> None:

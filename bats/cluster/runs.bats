@@ -85,7 +85,7 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
   ended failed 'startup   FAIL  vocabularies ended with 14 after 2 s'
   run -14 --separate-stderr stage watch
   [[ $stderr == *'its own fault (code 14)'* ]]
-  ended failed 'startup   FAIL  MAX_HOURS: 24 h are used up after 86400 s; training ended with 75 after 86000 s: step 9 SIGTERM'
+  ended failed 'startup   stopped: MAX_HOURS: 24 h are used up after 86400 s; training ended with 75 after 86000 s: step 9 SIGTERM'
   run -75 --separate-stderr stage watch
   [[ $stderr == *'hours are used up'* ]]
   ended running 'Step 1/2'
@@ -96,7 +96,7 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
 
 # bats test_tags=long
 @test "watch: a run that was told to end and saved is submitted again" {
-  ended failed 'Step 3/12' 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
+  ended failed 'Step 3/12' 'startup   stopped: training ended with 75 after 20 s: step 3 SIGTERM'
   run -0 --separate-stderr stage watch
   [[ $output == 8 && $stderr == *'told to end and saved'* ]]
 }
@@ -114,9 +114,9 @@ run = json.load(open(sys.argv[1])); run["status"] = sys.argv[2]; json.dump(run, 
 
 # bats test_tags=long
 @test "watch: a run that was stopped after its end, or ended elsewhere, is left alone" {
-  ended terminated 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
+  ended terminated 'startup   stopped: training ended with 75 after 20 s: step 3 SIGTERM'
   run -143 --separate-stderr stage watch
-  ended failed 'startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM'
+  ended failed 'startup   stopped: training ended with 75 after 20 s: step 3 SIGTERM'
   run -0 --separate-stderr stage stop
   run -143 --separate-stderr stage watch
   [[ $(runs) == 1 ]]

@@ -39,8 +39,9 @@ memory_limit_gib() {
 
 kills_before=$(memory_kills)
 
-# bundle CODE [WHAT]: failure.json, failure.md and bundle.tar.gz in the run's record, and the paragraph in the log. It bears
-# whatever goes wrong in it: the run ends as it would without.
+# bundle CODE [WHAT]: failure.json, failure.md and bundle.tar.gz in the run's record, the paragraph in the log, its command in
+# CURE. It bears whatever goes wrong in it: the run ends as it would without.
+CURE=''
 bundle() {
   local folder=${app:-}/logs/${RUN_NAME:-} limit line
   [[ -n ${app:-} && -n ${RUN_NAME:-} && -d $folder ]] || return 0
@@ -49,5 +50,10 @@ bundle() {
   local -a words=(--code "$1" --said="${2:-}" --status "${rc:-$1}" --kills "$(($(memory_kills) - kills_before))")
   [[ -z $limit ]] || words+=(--limit-gib "$limit")
   [[ -z ${over_time:-} ]] || words+=(--hours)
-  bounded 10 python -m wmtp.causes "$folder" "${words[@]}" </dev/null | while IFS= read -r line; do log startup "$line"; done || true
+  while IFS= read -r line; do
+    case $line in
+      'next: '*) CURE=${line#next: } ;;
+      *) log startup "$line" ;;
+    esac
+  done < <(bounded 10 python -m wmtp.causes "$folder" "${words[@]}" </dev/null || true)
 }

@@ -60,5 +60,5 @@ known_state() {
   while poll && ((misses)); do sleep "${POLL_S:-2}"; done
 }
 
-# code_of LINE…: the code with which the startup script ended, from its last FAIL; empty where it did not say.
-code_of() { printf '%s\n' "$@" | sed -nE 's/.*FAIL  .* ended with ([0-9]+) after.*/\1/p' | tail -n 1; }
+# code_of LINE…: the code with which the startup script ended, from its last words; empty where it did not say.
+code_of() { printf '%s\n' "$@" | sed -nE 's/.*(FAIL  |stopped: ).* ended with ([0-9]+) after.*/\2/p' | tail -n 1; }

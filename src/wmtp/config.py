@@ -1046,12 +1046,13 @@ def _model_at(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
     return found
 
 
-def _all_keys(model: type[BaseModel], at: Key = ()) -> list[str]:
+def all_keys(model: type[BaseModel], at: Key = ()) -> list[str]:
+    """Every dotted key that a file of this kind may have."""
     keys: list[str] = []
     for name, info in model.model_fields.items():
         here = (*at, info.alias or name)
         inner = _models_in(info.annotation)
-        keys += _all_keys(inner, here) if inner else [dotted(here)]
+        keys += all_keys(inner, here) if inner else [dotted(here)]
     return keys
 
 
@@ -1061,7 +1062,7 @@ def _unknown_key_rule(model: type[BaseModel], key: Key) -> str:
     near = difflib.get_close_matches(str(key[-1]), known, 1, 0.6)
     if near:
         return f"keys are checked strictly; did you mean {near[0]}?"
-    elsewhere = [k for k in _all_keys(Config) + _all_keys(Recipe) if k.split(".")[-1] == key[-1]]
+    elsewhere = [k for k in all_keys(Config) + all_keys(Recipe) if k.split(".")[-1] == key[-1]]
     if elsewhere:
         return f"keys are checked strictly; did you mean {' or '.join(elsewhere[:3])}?"
     return f"keys are checked strictly; here are known: {', '.join(known)}"
@@ -1259,7 +1260,7 @@ def _routed(overrides: Sequence[str]) -> tuple[list[str], list[str], list[Findin
         elif first in Recipe.model_fields:
             for_recipe.append(text)
         else:
-            keys = _all_keys(Config) + _all_keys(Recipe)
+            keys = all_keys(Config) + all_keys(Recipe)
             near = difflib.get_close_matches(name, keys, 1) or [
                 k for k in keys if k.split(".")[-1] == name.split(".")[-1]
             ]
@@ -1552,7 +1553,7 @@ def _get(name: str, config: Config | None, recipe: Recipe | None) -> str:
     here: Any = {**(_dump(config) if config else {}), **(_dump(recipe) if recipe else {})}
     for part in name.split("."):
         if not isinstance(here, dict) or part not in here:
-            keys = _all_keys(Config) + _all_keys(Recipe)
+            keys = all_keys(Config) + all_keys(Recipe)
             near = difflib.get_close_matches(name, keys, 1)
             raise bad("unknown key", f"a key of the given files{f'; did you mean {near[0]}?' if near else ''}")
         here = here[part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
 
@@ -22,7 +23,7 @@ class Pace:
         """``length``: tokens of a row; steps ``first + 1`` to ``total`` are to come."""
         self.place, self.first, self.total = place, first, total
         self.began = time.monotonic()
-        self.tokens = 0
+        self._rates: list[float] = []
         card = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else ""
         peak = peak_flops(card, precision)
         self._share_per_token = flops_per_token(spec, length) / (peak * place.world) if peak else None
@@ -53,14 +54,14 @@ class Pace:
     def end(self, tokens: int) -> dict[str, float]:
         """The step is done: its seconds, tokens a second, waits and memory; ``tokens`` are the global batch's."""
         seconds = time.monotonic() - self._tick
-        self.tokens += tokens
+        self._rates.append(tokens / seconds)
         if self.place.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.place.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         figures = {
             "step_seconds": seconds,  # without what a save before it took
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": self._rates[-1],
             "data_wait_s": self._parts.get("data", 0.0),
             "checkpoint_stall_s": self._parts.get("save", 0.0),
             "memory_gib": memory / 2**30,
@@ -80,8 +81,10 @@ class Pace:
             left = (self.total - step) * (time.monotonic() - self.began) / (step - self.first)
             say(f"Step {step}/{self.total}  {text}  gradient norm {figures['grad_norm']:.2f}  {left:.0f} s left")
 
-    def close(self) -> float:
-        """Seconds since the first step began."""
+    def typical(self) -> float | None:
+        """Tokens a second of a step, the median; the first left out, which compiles and allocates."""
+        return statistics.median(self._rates[1:] or self._rates) if self._rates else None
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        return time.monotonic() - self.began

@@ -79,7 +79,6 @@ def labelled(
     axes: Axes,
     lines: Sequence[tuple[str, Sequence[tuple[float, float]], str]],
     marked: bool = False,
-    zero: bool = False,
 ) -> None:
     """Lines with their names at the right end, kept apart where they end together."""
     ends: list[tuple[float, str, str]] = []
@@ -96,8 +95,6 @@ def labelled(
             ends.append((points[-1][1], name, colour))
     if not ends:
         return
-    if zero:
-        axes.set_ylim(bottom=0)
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
     places: list[float] = []
@@ -164,7 +161,10 @@ def weights_plot(steps: list[dict[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
         heads = sorted(k for k in (steps[-1] if steps else {}) if k.startswith("w_mean_head_"))
         lines = [(f"head {k[12:]}", series(steps, k), COLOURS[n % len(COLOURS)]) for n, k in enumerate(heads)]
-        labelled(axes, [*lines, ("ESS share", series(steps, "w_ess"), "#999999")], zero=True)
+        lines.append(("ESS share", series(steps, "w_ess"), "#999999"))
+        known = [y for _, points, _ in lines for _, y in points] or [1.0]
+        axes.set_ylim(min(0.95, *known), max(1.05, *known))  # what differs is seen, and noise is not made large
+        labelled(axes, lines)
         axes.set_xlabel("step")
         axes.set_ylabel("mean weight (1: unweighted)")
 

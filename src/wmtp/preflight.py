@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import difflib
 import json
 import os
 import re
@@ -355,9 +356,10 @@ def check_rendered(pair: Pair) -> Finding:
 
 
 def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
+    keys = settings.all_keys(settings.Recipe)
     for kind, planned in PLANNED.items():
         table = getattr(registry, f"{kind}_registry")
-        wanted = list(planned)
+        wanted = [*planned, *table]
         if kind == "trainer":
             wanted += [pair.algo for pair in pairs]
         elif kind == "optimizer":
@@ -374,19 +376,22 @@ def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
                 continue
             if table.definition(name) is None:
                 yield Finding(3, FAIL, f"{kind} {name}", f"stands for {table[name]}, which is not defined there")
-            elif kind == "trainer" and (why := unusable(name)):
+            elif kind == "trainer" and (why := unusable(name, keys)):
                 yield Finding(3, FAIL, f"{kind} {name}", why, f"change the keywords of {table[name]}")
             else:
                 yield Finding(3, OK, f"{kind} {name}", table[name])
 
 
-def unusable(algo: str) -> str:
-    """Why a trainer's function can't be called with what there is; empty where it can."""
+def unusable(algo: str, keys: Iterable[str]) -> str:
+    """Why a trainer's function can't be called with what there is, or with a recipe's ``keys``; empty where it can."""
     asked = registry.asked_by(algo)
-    if strange := sorted(asked - registry.GIVEN.keys()):
-        there = ", ".join(registry.GIVEN)
-        own = "(registry.GIVEN, where a setting of its own is a line)"
+    if strange := sorted(asked - registry.MADE.keys() - registry.KEYS.keys()):
+        there = ", ".join([*registry.MADE, *registry.KEYS])
+        own = "(registry.KEYS, where a setting of its own is a line)"
         return f"asks for {', '.join(strange)}; what there is: {there} {own}"
+    for name in sorted(asked & registry.KEYS.keys()):
+        if registry.KEYS[name] not in keys:
+            return f"asks for {name}, by registry.KEYS the recipe's {registry.KEYS[name]}: no recipe has that key"
     if {"ref_aligned", "delta_aligned"} <= asked:
         return "asks for ref_aligned and for delta_aligned: a run has one scorer"
     return ""
@@ -606,19 +611,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--receipt-dir", type=Path, help="where the receipt is written")
     parser.add_argument(
         "--only",
-        type=only_of,
-        default={*QUICK_CHECKS, *TORCH_CHECKS},
+        default=",".join((*QUICK_CHECKS, *TORCH_CHECKS)),
         metavar="LIST",
         help=f"headings by number or name, or of {', '.join((*QUICK_CHECKS, *TORCH_CHECKS))}",
     )
     parser.add_argument("--json", action="store_true", help="the findings on standard output")
     parser.add_argument("--offline", action="store_true", help="no bucket is meant to be asked")
     parser.add_argument("--verbose", action="store_true", help="with a decoded sample of the data")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.only = only_of(args.only)
+    return args
 
 
 def only_of(text: str) -> set[str]:
-    """The checks that `--only` names. The configuration is always one: the others need it."""
+    """The checks that `--only` names, or the end. The configuration is always one: the others need it."""
     found = {"configuration"}
     for word in text.split(","):
         numbers = {str(n): n for n in OF_HEADING} | {name: n for n, name in enumerate(HEADINGS, 1)}
@@ -627,8 +633,12 @@ def only_of(text: str) -> set[str]:
         elif word in (*QUICK_CHECKS, *TORCH_CHECKS):
             found.add(word)
         else:
-            known = ", ".join([*numbers, *QUICK_CHECKS[3:], *TORCH_CHECKS])
-            raise argparse.ArgumentTypeError(f"{word!r} is no check; known are {known}")
+            known = [*numbers, *QUICK_CHECKS[3:], *TORCH_CHECKS]
+            near = difflib.get_close_matches(word, known, 1) or ["models"]
+            say(f"dry run   FAIL  --only {text}: {word or 'an empty word'} is no check")
+            say(f"          rule  a comma between checks; known are {', '.join(known)}")
+            say(f"          next  ONLY={near[0]}")
+            sys.exit(2)
     return found
 
 
@@ -676,6 +686,11 @@ def main(argv: list[str] | None = None) -> int:
         for finding in unproved:
             say(f"               {wrapped(finding.subject + ': ' + finding.detail.splitlines()[0], columns(), 17)}")
 
+    wrong = [f for f in findings if f.verdict == FAIL]
+    if wrong and resolved and len(args.recipe) == 1:  # the lines above may be more than a screen
+        say(f"what is wrong ({len(wrong)})")
+        for finding in wrong:
+            say(f"               {wrapped(f'{finding.subject}: {finding.detail.splitlines()[0]}', columns(), 17)}")
     counts = Counter(f.verdict for f in findings)
     report = {
         "env": args.env,

@@ -13,17 +13,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-GIVEN = {
+MADE = {
     "ref_aligned": "cross-entropy of each predicted token under the reference model, [..., H]",
     "head_mean": "running mean of each head's excess over the reference, [H], or None",
     "delta_aligned": "the value that each predicted token adds, by the critic's value head, [..., H]",
+}
+"""What a run makes for a trainer's function that asks for it by keyword. It decides what a run needs."""
+
+KEYS = {
     "temperature": "loss.weight_temperature",
     "epsilon": "loss.epsilon",
     "max_weight": "loss.max_weight",
     "mix": "loss.lambda",
     "min_ce_diff": "rho1.min_ce_diff",
 }
-"""What a trainer's function may ask for by keyword, beside `ce` and `mask`. It decides what a run needs."""
+"""The other keywords that it may ask for, beside `ce` and `mask`: each is the value of a key of the recipe."""
 
 
 class RegistryError(LookupError):
@@ -85,7 +89,7 @@ trainer_registry = Registry(
 
 @functools.cache
 def asked_by(algo: str) -> frozenset[str]:
-    """The keywords of an algorithm's function, of `GIVEN` where it is sound; none of a name that isn't registered."""
+    """The keywords of an algorithm's function, of `MADE` and `KEYS` where it is sound; none of a name that isn't there."""
     found = trainer_registry.definition(algo) if algo in trainer_registry else None
     return frozenset(a.arg for a in found.args.kwonlyargs) if isinstance(found, ast.FunctionDef) else frozenset()
 

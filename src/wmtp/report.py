@@ -37,7 +37,7 @@ h1{font-size:1.45em;margin:.2em 0}h2{font-size:1.15em;margin:1.6em 0 .5em;border
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:3px 10px 3px 0;
 border-bottom:1px solid #eee;overflow-wrap:anywhere}td:first-child,th:first-child{min-width:7.5em}
 td.source{color:#666;font-size:.85em;min-width:8.5em}.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px;margin-top:12px}
-figure{margin:0}figure svg,figure img{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
+figure{margin:0}figure.wide{grid-column:1/-1;max-width:1056px}figure svg,figure img{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
 .ok{color:#00664b;font-weight:600}.bad{color:#a33300;font-weight:600}.lead{font-size:1.1em}
 pre{background:#f6f6f6;padding:10px;overflow-x:auto;white-space:pre-wrap}
 @media(max-width:640px){td.source,th.source{display:none}body{padding:10px}}
@@ -209,7 +209,7 @@ def survived(run: Run) -> list[tuple[str, str, str]]:
     told = [
         t
         for t in (log.read_text(errors="replace").splitlines() if log.is_file() else [])
-        if (" warn  " in t or " FAIL  " in t) and "ended with 75 after" not in t  # it was told to, and saved
+        if " warn  " in t or " FAIL  " in t
     ]
     for text in list(dict.fromkeys(told))[-12:]:
         stage, _, rest = text.partition(" ")
@@ -352,6 +352,7 @@ def sections(run: Run, notes: str) -> list[Section]:
         ("versions", figure(versions), "facts.json"),
         ("seed", figure(facts.get("seed")), "facts.json"),
         ("data digest", figure(facts.get("digests", {}).get("data")), "facts.json"),
+        ("record", f"{run.folder}: the sources that this page names", ""),
     ]
     spent = [
         (kind, f"{seconds(s)}, {100 * s / run.ledger.total:.1f} %", MEANING[kind])
@@ -384,7 +385,11 @@ def sections(run: Run, notes: str) -> list[Section]:
     speed = Section(
         "How fast",
         [
-            ("tokens per second", figure(run.median("tokens_per_second"), "{:.0f} (median)"), "steps.jsonl"),
+            (
+                "tokens per second",
+                figure(run.median("tokens_per_second"), "{:.0f} in a step (median; without evaluation and saves)"),
+                "steps.jsonl",
+            ),
             ("step", figure(step, "{:.3f} s (median)"), "steps.jsonl"),
             (
                 "MFU",
@@ -538,8 +543,10 @@ def page(title: str, lead: str, found: list[Section]) -> str:
         if section.figures:
             out.append("<div class=figures>")
             for name, picture in section.figures:
-                drawn = picture if picture.startswith("<svg") else f'<img alt="{html.escape(name)}" src="{picture}">'
-                out.append(f"<figure>{drawn}</figure>")
+                if picture.startswith("<svg"):
+                    out.append(f"<figure>{picture}</figure>")
+                else:  # text, which a column would make too small to read
+                    out.append(f'<figure class=wide><img alt="{html.escape(name)}" src="{picture}"></figure>')
             out.append("</div>")
         if section.text:
             out += [f"<p>{html.escape(part)}</p>" for part in section.text.strip().split("\n\n")]

@@ -2,7 +2,7 @@
 
 An algorithm is a function of `wmtp.objective` named in the registry: `rule(ce, mask, *, …) -> w`. Its keyword names say
 what it needs: `ref_aligned` the scores of a reference model, `delta_aligned` a value head and rewards, `head_mean` the
-running means; every other keyword is a setting of the recipe. Shape letters as in `wmtp.objective`.
+running means; every other keyword is a setting of the recipe, by `wmtp.registry.KEYS`. Shape letters as in `wmtp.objective`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from wmtp.config import Recipe
+from wmtp.config import Recipe, flat
 from wmtp.data import Batches
 from wmtp.model import Weighing
 from wmtp.objective import (
@@ -35,7 +35,7 @@ from wmtp.objective import (
     weight_sums,
 )
 from wmtp.ranks import Place
-from wmtp.registry import asked_by, trainer_registry
+from wmtp.registry import KEYS, asked_by, trainer_registry
 
 
 @dataclass(frozen=True)
@@ -108,20 +108,14 @@ class Weighting:
     def __init__(self, recipe: Recipe) -> None:
         rule = trainer_registry.load(recipe.train.algo)
         keywords = asked_by(recipe.train.algo)
-        settings = {
-            "temperature": recipe.loss.weight_temperature,
-            "epsilon": recipe.loss.epsilon,
-            "max_weight": recipe.loss.max_weight,
-            "mix": recipe.loss.lambda_,
-            "min_ce_diff": recipe.rho1.min_ce_diff,
-        }
+        values = flat(recipe.model_dump(by_alias=True))
         self.even = not keywords  # all tokens weigh alike
         self.needs_reference = "ref_aligned" in keywords
         self.needs_value = "delta_aligned" in keywords
         self.centred = "head_mean" in keywords and recipe.rho1.center == "head"
         self.skips = self.needs_reference and recipe.rho1.selection_mode == "token_skip"
         self.recipe, self.heads = recipe, recipe.model.heads
-        self._rule = partial(rule, **{name: value for name, value in settings.items() if name in keywords})
+        self._rule = partial(rule, **{name: values[KEYS[name]] for name in keywords & KEYS.keys()})
         self._takes_mean = "head_mean" in keywords
         self.mean_h = torch.zeros(self.heads, dtype=torch.float64)
         self.mass_h = torch.zeros(self.heads, dtype=torch.float64)

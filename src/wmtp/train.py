@@ -475,7 +475,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             raise Stopped(f"after step {step}")
     stop.rest()
     ahead.close()
-    train_seconds = pace.close()
+    pace.close()
     progress.phases.done("train")
 
     # ---- the end -------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def run(args: argparse.Namespace, stop: Stop, progress: Progress) -> int:
             "held_out_ce_after": mean(after),
             "held_out_ce_before_heads": state["held_out_before"],
             "held_out_ce_after_heads": after,
-            "tokens_per_second": pace.tokens / train_seconds if pace.tokens else None,
+            "tokens_per_second": pace.typical(),
             "not_finite": state["not_finite"],
             "seconds": progress.phases.seconds,
             "weights": {name: value for name, value in figures.items() if name.startswith("w_")},
