@@ -58,7 +58,7 @@ setup() {
 
 @test "make: a variable that no command reads is refused, before anything is done" {
   run -2 --separate-stderr make --no-print-directory -C "$repo" -n minitest ALG=critic-wmtp
-  [[ $stderr == *'ALG=critic-wmtp: not known'*'next: make help'* && -z $output ]]
+  [[ $stderr == *'ALG=critic-wmtp: not known'*'next: ALGO=critic-wmtp'* && -z $output ]]
   run -0 --separate-stderr make -C "$repo" -n status RUN_ID=3 S3_ENDPOINT_URL=http://x VESSL_TIMEOUT_S=5 POLL_S=1
   run -0 --separate-stderr make -C "$repo" -n train CUDA_LAUNCH_BLOCKING=1 NCCL_DEBUG=INFO LANG=C COLUMNS=80
 }

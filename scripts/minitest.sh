@@ -97,7 +97,7 @@ main() {
     export S3_BUCKET_NAME=wmtp
     # The server is this script's parent, so that the script's own way is one: with a bucket in its environment.
     # Make dies of kill -9 alone; what it started then saves and ends.
-    if [[ $(cat "/proc/$PPID/comm" 2>/dev/null || true) == make ]]; then tied=(setpriv --pdeathsig TERM --); fi
+    if [[ $(cat "/proc/$PPID/comm" 2>/dev/null || true) == make ]]; then tie TERM; fi
     exec "${tied[@]}" "$ROOT/scripts/bucket.sh" run "$ROOT/build/bucket" -- "${BASH_SOURCE[0]}" "$@"
   fi
   config=${CONFIG:-$ROOT/configs/config.local_minitest.yaml}

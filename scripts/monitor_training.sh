@@ -127,7 +127,7 @@ main() {
   fi
   watch_signals
   # The page closes as on a signal when this script dies: the terminal is left as it was.
-  if ((${#tied[@]})); then tied=(setpriv --pdeathsig TERM --); fi
+  tie TERM
   run_child python -m wmtp.monitor "${PAGE[@]}"
   if ((rc == 137)) && [[ -t 1 && ${FOLLOW:-} == 1 ]]; then printf '\e[?7h\e[?25h\e[?1049l' && stty sane 2>/dev/null || true; fi
   return "$rc"

@@ -26,9 +26,11 @@ private_folder() {
   PRIVATE=$IMAGE_DIR/.login
   rm -rf -- "$PRIVATE"
   mkdir -m 700 "$PRIVATE"
-  if command -v setpriv >/dev/null; then
+  local -a tied
+  tie TERM
+  if ((${#tied[@]})); then
     # shellcheck disable=SC2016 # the guard's own words
-    setpriv --pdeathsig TERM bash -c 'trap "rm -rf -- \"\$1\"; exit" TERM; while :; do sleep 1; done' guard "$PRIVATE" \
+    "${tied[@]}" bash -c 'trap "rm -rf -- \"\$1\"; exit" TERM; while :; do sleep 1; done' guard "$PRIVATE" \
       >/dev/null 2>&1 </dev/null &
   fi
 }

@@ -71,9 +71,15 @@ main() {
     return
   fi
   record_of "${RUN_ID:-}"
-  out=$(dirname "$RECORD")
-  # What this machine ran itself has its page where the other files of the run are.
-  if [[ $RECORD != */record ]]; then out=$(compgen -G "build/${ENV:-*}/$NAME" | head -n 1) || out=build/report/$NAME; fi
+  case $RECORD in
+    */record) out=$(dirname "$RECORD") ;;
+    "$ROOT"/build/*/app/logs/"$NAME") # what this machine ran itself has its page where the other files of the run are
+      out=${RECORD%/app/logs/*}
+      [[ ${out##*/} == "$NAME" ]] || out=$out/$NAME
+      out=${out#"$ROOT"/}
+      ;;
+    *) out=build/report/$NAME ;;
+  esac
   python -m wmtp.report "$RECORD" --out "$out" ${NOTES:+--notes "$NOTES"}
 }
 

@@ -16,11 +16,11 @@ main() {
   cd "$ROOT"
   if [[ -z ${S3_ENDPOINT_URL:-} ]]; then exec scripts/bucket.sh run build/test/bucket -- "$ROOT/scripts/test.sh"; fi
   export OMP_NUM_THREADS=1
-  local -a tied=()
+  local -a tied
   local rc=0 passed failed ok bad started=$SECONDS
   # All wait half of their time, for processes that start, end and are killed. bats, two files at once, the longest first, is told
   # when pytest is done.
-  if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig TERM --); fi
+  tie TERM
   # shellcheck disable=SC2011,SC2012 # names of our own
   ls -S bats/*.bats | xargs -n 1 -P 2 "${tied[@]}" bats --tap --timing --filter-tags '!long' >build/test/bats.log 2>&1 &
   suite=$!

@@ -20,7 +20,7 @@ def test_the_page_is_what_the_command_makes() -> None:
 @pytest.mark.parametrize("model", [config.Config, config.Recipe])
 def test_every_key_has_a_description_and_a_rule(model: type[config.Settings]) -> None:
     found = [entry for entry in reference.entries(model) if entry.rule]
-    assert [entry.key for entry in found] == config._all_keys(model)
+    assert [entry.key for entry in found] == config.all_keys(model)
     assert all(re.fullmatch(r"\S.*[^.]\.", entry.text) and entry.default for entry in found)
 
 

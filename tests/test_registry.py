@@ -52,7 +52,9 @@ def test_what_an_algorithm_asks_for_is_read_without_importing_it() -> None:
     for algo in trainer_registry:
         function = trainer_registry.load(algo)
         keywords = inspect.signature(function).parameters.values()
-        assert names.asked_by(algo) == {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} <= MADE.keys() | KEYS.keys()
+        assert (
+            names.asked_by(algo) == {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} <= MADE.keys() | KEYS.keys()
+        )
     assert names.weighs_by_reference("rho1-wmtp") and not names.weighs_by_value("rho1-wmtp")
     assert names.weighs_by_value("critic-wmtp") and not names.weighs_by_reference("critic-wmtp")
     assert not names.weighs_by_reference("baseline-mtp") and not names.weighs_by_value("baseline-mtp")

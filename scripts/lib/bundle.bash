@@ -1,5 +1,5 @@
 # Why a run failed, said before its last words. Sourced by docker/vessl_startup.sh only, after common.bash.
-# shellcheck shell=bash disable=SC2154  # app is the startup script's
+# shellcheck shell=bash disable=SC2034,SC2154  # app is the startup script's, and CURE is for it
 
 cgroups=/sys/fs/cgroup of_process=/proc/self/cgroup
 

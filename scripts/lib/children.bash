@@ -9,8 +9,7 @@ reach=child # or `ranks`: the children of the child
 tied=()
 
 watch_signals() {
-  # Not everywhere (macOS has no setpriv): there a kill -9 leaves children behind.
-  if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig KILL --); fi
+  tie KILL
   trap 'on_signal 143' TERM
   trap 'on_signal 130' INT
 }

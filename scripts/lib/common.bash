@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by every stage: log die refuse need_env need_cmd no_arguments act copy_whole retry bounded, ROOT, PATH. Nothing that only
+# Sourced by every stage: log die refuse need_env need_cmd no_arguments act copy_whole retry tie bounded, ROOT, PATH. Nothing that only
 # one stage uses.
 # STAGE (default: the script's name) is the first word of each line on standard error.
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
@@ -15,11 +15,7 @@ STAGE=${STAGE:-$(basename "$0" .sh)}
 coloured() { [[ -t 2 && -z ${NO_COLOR:-} && ${CI:-} != true && ${TERM:-dumb} != dumb ]]; }
 
 # log STAGE TEXT…
-log() {
-  local stage=$1
-  shift
-  printf '%-9s %s\n' "$stage" "$*" >&2
-}
+log() { printf '%-9s %s\n' "$1" "${*:2}" >&2; }
 
 # die CODE WHAT [RULE] [NEXT]: three lines at most, then the end.
 die() {
@@ -126,11 +122,14 @@ retry() {
   return "$rc"
 }
 
+# tie SIGNAL: what `tied` holds, before a command, sends it SIGNAL when this shell dies, however; nothing where setpriv isn't (macOS).
+tie() { if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig "$1" --); else tied=(); fi; }
+
 # bounded SECONDS COMMAND…: ended after so long, and with this shell however that dies: `timeout` has a group of its own, which
 # a kill of this one's does not reach.
 bounded() {
-  local -a tied=()
-  if command -v setpriv >/dev/null; then tied=(setpriv --pdeathsig KILL --); fi
+  local -a tied
+  tie KILL
   "${tied[@]}" timeout -k 1 "$1" "${tied[@]}" "${@:2}"
 }
 

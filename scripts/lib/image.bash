@@ -27,11 +27,11 @@ image_overrides() {
 # narrated LOG COMMAND…: output to LOG, a line of it every few seconds to the story. It ends with the stage, however that ends.
 narrated() {
   local file=$1 rc=0 pid beat=0 began=$SECONDS
-  local -a ends=()
+  local -a tied
   shift
-  if command -v setpriv >/dev/null; then ends=(setpriv --pdeathsig TERM --); fi
+  tie TERM
   : >"$file"
-  "${ends[@]}" "$@" >"$file" 2>&1 &
+  "${tied[@]}" "$@" >"$file" 2>&1 &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do
     sleep 0.2

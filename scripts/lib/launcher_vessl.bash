@@ -26,14 +26,14 @@ launcher_open() {
 # start_client: from an empty folder and with a home of its own: a .env or a git worktree in the caller's would lead it astray.
 start_client() {
   local parent=$BASHPID
-  local -a ends=()
-  if command -v setpriv >/dev/null; then ends=(setpriv --pdeathsig KILL --); fi
+  local -a tied
+  tie KILL
   rm -f -- "$CLIENT_HOME/ready"
   [[ -p $CLIENT_HOME/calls ]] || mkfifo "$CLIENT_HOME/calls"
   (
     cd "$CLIENT_HOME" &&
       HOME=$CLIENT_HOME VESSL_DATA_COLLECTION_OPT_OUT=true ENABLE_SENTRY=false \
-        exec "${ends[@]}" "$ROOT/.venv-vessl/bin/python" "$ROOT/scripts/lib/vessl_client.py" "$CLIENT_HOME" "$parent"
+        exec "${tied[@]}" "$ROOT/.venv-vessl/bin/python" "$ROOT/scripts/lib/vessl_client.py" "$CLIENT_HOME" "$parent"
   ) </dev/null >/dev/null 2>"$CLIENT_HOME/client.log" 8>&- 9>&- &
   CLIENT_PID=$!
   disown "$CLIENT_PID" # its end is no news

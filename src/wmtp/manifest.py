@@ -372,10 +372,10 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "verify":
         found = list(differences(manifest, arguments.folder, arguments.quick))
         for text in found:
-            print(f"{manifest.name}: {text}", file=sys.stderr)
+            print(f"manifest  {manifest.name}: {text}", file=sys.stderr)
         if not arguments.quick:
             for text in extras(manifest, arguments.folder):
-                print(f"{manifest.name}: warn  {text}: left alone", file=sys.stderr)
+                print(f"manifest  warn  {manifest.name}: {text}: left alone", file=sys.stderr)
         return 13 if found else 0
     return 0
 

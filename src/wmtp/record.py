@@ -193,18 +193,20 @@ class Recorder:
 
     def steps(self, folder: Path, step: int) -> StepRecord:
         """The record of the steps, which lies with the checkpoints (``folder``): the same steps count in both."""
-        for name in ("steps.jsonl", "redone.jsonl"):
-            if self.folder and not (ours := self.folder / name).is_symlink():
-                if ours.exists():  # from another node's record
-                    folder.mkdir(parents=True, exist_ok=True)
-                    known = folder / name
-                    if known.exists() and known.stat().st_size >= ours.stat().st_size:
-                        ours.unlink()
-                    else:
-                        shutil.move(ours, known)
+        pairs = [(self.folder / n, folder / n) for n in ("steps.jsonl", "redone.jsonl")] if self.folder else []
+        for ours, known in pairs:
+            if ours.exists() and not ours.is_symlink():  # from another node's record
+                folder.mkdir(parents=True, exist_ok=True)
+                if known.exists() and known.stat().st_size >= ours.stat().st_size:
+                    ours.unlink()
+                else:
+                    shutil.move(ours, known)
+        record = StepRecord(folder / "steps.jsonl", step)
+        for ours, known in pairs:
+            if known.exists() and not ours.is_symlink():
                 with contextlib.suppress(OSError):
-                    ours.symlink_to((folder / name).resolve())
-        return StepRecord(folder / "steps.jsonl", step)
+                    ours.symlink_to(known.resolve())
+        return record
 
     def evaluation(self, step: int, began: float, ce: list[float]) -> None:
         """Held-out cross-entropy per head, measured from ``began`` to now."""

@@ -89,7 +89,7 @@ trainer_registry = Registry(
 
 @functools.cache
 def asked_by(algo: str) -> frozenset[str]:
-    """The keywords of an algorithm's function, of `MADE` and `KEYS` where it is sound; none of a name that isn't there."""
+    """The keywords of an algorithm's function: of `MADE` and `KEYS`, where it is sound; none of an unknown name."""
     found = trainer_registry.definition(algo) if algo in trainer_registry else None
     return frozenset(a.arg for a in found.args.kwonlyargs) if isinstance(found, ast.FunctionDef) else frozenset()
 

@@ -37,7 +37,8 @@ h1{font-size:1.45em;margin:.2em 0}h2{font-size:1.15em;margin:1.6em 0 .5em;border
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:3px 10px 3px 0;
 border-bottom:1px solid #eee;overflow-wrap:anywhere}td:first-child,th:first-child{min-width:7.5em}
 td.source{color:#666;font-size:.85em;min-width:8.5em}.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px;margin-top:12px}
-figure{margin:0}figure.wide{grid-column:1/-1;max-width:1056px}figure svg,figure img{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
+figure{margin:0}figure.wide{grid-column:1/-1;max-width:1056px}
+figure svg,figure img{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
 .ok{color:#00664b;font-weight:600}.bad{color:#a33300;font-weight:600}.lead{font-size:1.1em}
 pre{background:#f6f6f6;padding:10px;overflow-x:auto;white-space:pre-wrap}
 @media(max-width:640px){td.source,th.source{display:none}body{padding:10px}}

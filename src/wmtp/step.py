@@ -2,7 +2,8 @@
 
 An algorithm is a function of `wmtp.objective` named in the registry: `rule(ce, mask, *, …) -> w`. Its keyword names say
 what it needs: `ref_aligned` the scores of a reference model, `delta_aligned` a value head and rewards, `head_mean` the
-running means; every other keyword is a setting of the recipe, by `wmtp.registry.KEYS`. Shape letters as in `wmtp.objective`.
+running means; every other keyword is a setting of the recipe, by `wmtp.registry.KEYS`. Shape letters as in
+`wmtp.objective`.
 """
 
 from __future__ import annotations

@@ -115,7 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         compare(found, arguments.expected)
     except ModelUnreadableError as error:
         return _refuse(
-            str(error), "each model has its vocab_size and a tokenizer", "scripts/sync_models.sh brings models", 13
+            str(error),
+            "each model has its vocab_size and a tokenizer",
+            "scripts/sync_models.sh brings models; one that the bucket has so is to be published again",
+            13,
         )
     except VocabError as error:
         rule = "all models of a run share one vocabulary, in size, order and content"
