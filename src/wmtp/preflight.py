@@ -681,7 +681,7 @@ def main(argv: list[str] | None = None) -> int:
     findings = unique([*findings, *child.findings()])
     show(findings, resolved, False, [n for n in asked if n > 3])
     unproved = [f for f in findings if f.verdict == NOT]
-    if unproved and args.env == "production":
+    if pairs and unproved and args.env == "production":
         say("what this dry run could not promise")
         for finding in unproved:
             say(f"               {wrapped(finding.subject + ': ' + finding.detail.splitlines()[0], columns(), 17)}")
