@@ -140,7 +140,7 @@ BREAKAGES = (
         ("MT.3",),
     ),
     Breakage("steps that are not told", "src/wmtp/pace.py", r'say\(f"Step ', 'say(f"step ', ("S4.6",)),
-    Breakage("a page without GPUs", "src/wmtp/monitor.py", r"\[GPU Utilization\]", "[GPUs]", ("P4.4",)),
+    Breakage("a page without GPUs", "src/wmtp/monitor.py", r'"\[GPU Utilization\]"', '"[GPUs]"', ("P4.4",)),
     Breakage(
         "a report without the plan's", "src/wmtp/report.py", r"^ +Section\(\"The plan's completion .*\n", "", ("R.7",)
     ),
