@@ -177,3 +177,15 @@ PY
   RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/report.sh"
   [[ $stderr == *'own-rnu: no such run'*'here: own-run'* ]]
 }
+
+@test "report: its page lies in a folder of the run, whatever the run is called" {
+  local name
+  for name in own-run record minitest; do
+    record "$tree/build/minitest/app/logs/$name" 3 0
+    RUN_ID=$name run -0 --separate-stderr "$tree/scripts/report.sh"
+    [[ $output == *build/minitest/$name/report.html ]]
+  done
+  record "$work/an app/logs/record" 3 0
+  WMTP_APP_ROOT="$work/an app" RUN_ID=record ENV=test run -0 --separate-stderr "$tree/scripts/report.sh"
+  [[ $output == *build/report/record/report.html ]]
+}
