@@ -246,6 +246,18 @@ def test_a_registered_name_must_stand_for_a_function(monkeypatch: pytest.MonkeyP
     assert "wmtp.objective:nothing, which is not defined there" in found[0].detail
 
 
+def test_an_algorithm_that_is_no_python_so_far_leaves_the_others_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_mine.py").write_text("def half(ce, mask, *, mix:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    more = registry.Registry("trainer", {**registry.trainer_registry, "half-wmtp": "of_mine:half"})
+    monkeypatch.setattr(registry, "trainer_registry", more)
+    found = {f.subject: f for f in preflight.check_registry([])}
+    assert [name for name, f in found.items() if f.verdict == FAIL] == ["trainer half-wmtp"]
+    assert "of_mine:half, which is not defined there" in found["trainer half-wmtp"].detail
+
+
 @pytest.mark.parametrize(
     ("keywords", "word"),
     [

@@ -375,7 +375,9 @@ def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
                 )
                 continue
             if table.definition(name) is None:
-                yield Finding(3, FAIL, f"{kind} {name}", f"stands for {table[name]}, which is not defined there")
+                yield Finding(
+                    3, FAIL, f"{kind} {name}", f"stands for {table[name]}, which is not defined there, or not in Python"
+                )
             elif kind == "trainer" and (why := unusable(name, keys)):
                 yield Finding(3, FAIL, f"{kind} {name}", why, f"change the keywords of {table[name]}")
             else:
