@@ -145,7 +145,7 @@ def test_only_what_was_asked_for_is_checked(
         run(capsys, *CLUSTER, "--recipe", ALL[2], "--only", "1,modles")
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert "FAIL  --only 1,modles: modles is no check" in told and "next  ONLY=models" in told
+    assert "FAIL  --only 1,modles: modles is no check" in told and "next  ONLY=1,models\n" in told
 
 
 def test_what_is_wrong_is_said_again_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

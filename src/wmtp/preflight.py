@@ -639,7 +639,7 @@ def only_of(text: str) -> set[str]:
             near = difflib.get_close_matches(word, known, 1) or ["models"]
             say(f"dry run   FAIL  --only {text}: {word or 'an empty word'} is no check")
             say(f"          rule  a comma between checks; known are {', '.join(known)}")
-            say(f"          next  ONLY={near[0]}")
+            say(f"          next  ONLY={','.join(near[0] if w == word else w for w in text.split(','))}")
             sys.exit(2)
     return found
 
