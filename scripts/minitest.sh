@@ -48,6 +48,7 @@ collect() {
 # kill in here is repeated.
 start_afresh() {
   [[ -e $RUN_DIR/summary.json ]] || return 0
+  log minitest "$RUN_NAME was finished: it is started afresh, and what the run before left is removed (another RUN_NAME keeps it)"
   rm -rf -- "${WMTP_APP_ROOT:?}/models" "$WMTP_APP_ROOT/checkpoints/${RUN_NAME:?}" "$WMTP_APP_ROOT/logs/$RUN_NAME"
   aws --endpoint-url "$S3_ENDPOINT_URL" s3 rm --quiet --recursive "s3://$S3_BUCKET_NAME/checkpoints/$RUN_NAME/"
   rm -- "$RUN_DIR/summary.json"
@@ -114,8 +115,8 @@ main() {
   make_app
   watch_signals
   # First: a setting that is wrong is known in a second. What needs torch is about to be done for real.
-  ONLY=${ONLY:-1,2,3,devices,reward} stage dryrun "$ROOT/scripts/test_vessl_config.sh"
-  log minitest 'models, tokenizers, data, memory and twin were left out of it, the run itself tries them; all of it: make dryrun ENV=minitest'
+  ONLY=${ONLY:-1,2,3,devices,reward} stage dryrun "$ROOT/scripts/test_vessl_config.sh" --brief
+  log minitest 'models, tokenizers, data, memory and twin are left to the run itself, which tries them now; each value: make dryrun ENV=minitest'
   stage models python "$ROOT/tests/test_models/generate.py"
   stage publish "$ROOT/scripts/publish_models.sh" --from "$ROOT/tests/test_models" --force test-llama-mtp test-rm-llama test-llama
   stage startup "$ROOT/docker/vessl_startup.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: scripts/test_vessl_config.sh [--only LIST] [--json] [--offline] [--verbose]
+# Usage: scripts/test_vessl_config.sh [--only LIST] [--json] [--offline] [--verbose] [--brief]
 # The dry run: finds what can be known to fail before a run, on any machine; needs no GPU, engine or account.
 #   ENV       test, minitest or production (default)      ALGO      without it: all three algorithms
 #   LAUNCHER  local, docker, vessl (default: by ENV)      CONFIG, RECIPE, SET="key=value …"   as everywhere
@@ -7,6 +7,7 @@
 #   --only    headings by number or name (1 to 5), or single checks: devices, memory, reward, models, tokenizers, data, twin;
 #             such a dry run is no receipt for production. ONLY=… says the same
 #   --offline no bucket is meant to be asked          --verbose  a decoded sample of the data
+#   --brief   without each value and its source: they are in the receipt
 # Standard output: nothing, or the findings with --json. Standard error: the five headings.
 # Exit codes: 0 no FAIL, 2 a FAIL or bad input, 3 a tool is missing.
 set -Eeuo pipefail
@@ -28,13 +29,13 @@ main() {
   while (($#)); do
     case $1 in
       -h | --help) usage "${BASH_SOURCE[0]}" && return 0 ;;
-      --json | --offline | --verbose) options+=("$1") ;;
+      --json | --offline | --verbose | --brief) options+=("$1") ;;
       --only)
         [[ -n ${2:-} ]] || die 2 '--only has no value' '--only LIST' '--only 1,2,memory'
         ONLY=$2
         shift
         ;;
-      *) die 2 "$1: not known" 'the options are --only, --json, --offline and --verbose' 'scripts/test_vessl_config.sh --help' ;;
+      *) die 2 "$1: not known" 'the options are --only, --json, --offline, --verbose and --brief' 'scripts/test_vessl_config.sh --help' ;;
     esac
     shift
   done

@@ -436,6 +436,27 @@ def test_the_next_command_is_about_the_configuration_of_the_run(tmp_path: Path, 
     assert found["next"].endswith(" ENV=minitest ALGO=rho1-wmtp LAUNCHER=vessl")
 
 
+def test_the_advice_of_the_cause_comes_before_the_command(tmp_path: Path) -> None:
+    cause = (
+        "the checkpoint of step 3 was made otherwise:\n  optim.lr: 1 -> 2\n; rule: as it began; next: set it\n back."
+    )
+    folder = record(
+        tmp_path / "r", exit_json=json.dumps({"code": 2, "step": 0, "class": "configuration", "cause": cause})
+    )
+    failure = causes.explain(folder, causes.End(2, "training ended with 2 after 9 s: step 0 the checkpoint"))
+    assert causes.following(failure) == f"set it back; then: {failure['next']}"
+    assert "next: " not in causes.paragraph(failure) and "optim.lr: 1 -> 2" in causes.paragraph(failure)
+
+
+def test_a_model_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
+    facts = {"env": "test", "algo": "baseline-mtp", "launcher": "local"}
+    facts |= {"config": {"paths": {"models": {"base": "file:///app/models/lama", "rm": "file:///app/models/rm"}}}}
+    log = "vocab     FAIL  /app/models/lama: no such folder\n"
+    folder = record(tmp_path / "r", facts_json=json.dumps(facts), log_txt=log)
+    failure = causes.explain(folder, causes.End(13, "vocabularies ended with 13 after 1 s"))
+    assert failure["next"].endswith('SET="paths.models.base=file://…"'), failure
+
+
 def test_the_dry_run_that_is_next_has_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SET", "data.max_length=0 seed=2")
     ended = {"code": 2, "step": 1, "cause": "x", "class": "configuration"}

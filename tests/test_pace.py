@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 import time
 
@@ -69,3 +70,15 @@ def test_a_terminal_gets_a_bar_that_goes_at_the_end(monkeypatch: pytest.MonkeyPa
     p.close()
     text = terminal.getvalue()
     assert "wmtp_loss 2.500  70 tok/s" in text and "/4 [" in text and "Step 2/4" not in text
+
+
+def test_a_loss_that_has_risen_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    p = pace()
+    for step, loss in enumerate([10.4] * 6 + [30.0] * 9):
+        p.show(step, {"wmtp_loss": loss, "grad_norm": 0.5, "tokens_per_second": 70.0}, False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train     warn  the loss has risen: 30.000 over the last 5 steps, 10.400 at its lowest")
+    p = pace()
+    for step, loss in enumerate([10.4] * 6 + [30.0, math.nan, 10.4, 10.4, 30.0, 10.4] * 3):
+        p.show(step, {"wmtp_loss": loss, "grad_norm": 0.5, "tokens_per_second": 70.0}, False)
+    assert not capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_the_markdown_has_the_same_facts_and_its_pictures_beside_it(folder: Path
         "2.0 MB in 10 s",
         "20.0 % of these seconds",
         "a &lt;tag> & 7 \\| 8",
-        "| effective sample size, a share of the tokens | 0.800 -> 0.800 (medians of the first and last 6 steps) |",
+        "| effective sample size, a share of the tokens | 0.800 -> 0.800 | medians of the first and last 6 steps |",
         "| mean weight of head 3 | 1.000 -> 1.000",
     ):
         assert known in text, known
@@ -209,7 +209,10 @@ def test_a_resumed_run_fetched_its_models_more_than_once_and_each_time_in_time(f
     (folder / "facts.json").write_text(json.dumps(facts | {"env": "production"}))
     write(folder, "phases", *({"phase": "sync", "began": at, "ended": at + 200.0} for at in (1000.0, 1300.0)))
     write(folder, "sync", *({"name": "base", "downloaded_bytes": 10**9, "seconds": 200.0} for _ in range(2)))
-    assert "2.00 GB in 6.7 min, 5 MB/s, 3.3 min at most at a time — ok" in made(folder, tmp_path / "out")[0]
+    assert (
+        "2.00 GB in 6.7 min, 5 MB/s of the whole stage, 3.3 min at most at a time — ok"
+        in made(folder, tmp_path / "out")[0]
+    )
 
 
 def test_labels_of_lines_that_end_together_stay_inside(folder: Path, tmp_path: Path) -> None:

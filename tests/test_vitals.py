@@ -204,6 +204,14 @@ def test_what_is_wrong_is_said(figures: dict[str, Any], said: str) -> None:
     assert [text[: len(said)] for text in vitals.warnings(seen(lines))] == [said]
 
 
+def test_a_loss_that_rises_for_good_is_told_whatever_its_pace() -> None:
+    lines = steps(100)
+    for index, line in enumerate(lines[20:]):
+        line["wmtp_loss"] = 2.9 + index * 0.05
+    (said,) = vitals.warnings(seen(lines))
+    assert said.startswith("the loss has risen: 6.750 over the last 5 steps, 3.0") and "optim.lr" in said
+
+
 def test_a_single_odd_step_is_no_warning() -> None:
     lines = steps(100)
     lines[-2] |= {"w_ess": 0.01, "w_zeros": 0.99, "tokens_per_second": 10.0, "data_wait_s": 0.9, "wmtp_loss": 3.3}

@@ -33,7 +33,7 @@ CLASSES = (
     *(OUT_OF_MEMORY, DATA, MODEL_FILES, VOCABULARY, NETWORK, PREEMPTED, NUMERICS, HOURS, DISK),
     *(CONFIGURATION, CREDENTIALS, BUG, HANG, KILLED, UNKNOWN),
 )
-RESUME_ME = 75
+BAD_INPUT, RESUME_ME = 2, 75
 BY_CODE = {
     **{2: CONFIGURATION, 3: CREDENTIALS, 10: DISK, 11: NETWORK, 12: NETWORK, 13: MODEL_FILES, 14: VOCABULARY},
     **{130: PREEMPTED, 143: PREEMPTED},
@@ -451,13 +451,17 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
     if kind == NUMERICS and isinstance(rate := setting(facts, "optim.lr"), int | float):
         return again(run, facts, {"optim.lr": f"{rate / 2:g}"}, "optim.lr")
     if kind == MODEL_FILES:
+        models = setting(facts, "paths.models") or {}
+        found = (
+            [(role, str(uri).rstrip("/").rpartition("/")[2]) for role, uri in models.items()]
+            if isinstance(models, dict)
+            else []
+        )
+        role, named = next(((role, name) for role, name in found if name and name in evidence.text), ("", None))
         if env == "test":
-            return again(run, facts)
+            return again(run, facts, {f"paths.models.{role}": "file://…"} if role else None)
         if here:  # its bucket ended with it
             return f"make dryrun {pair}{chosen}"
-        models = setting(facts, "paths.models") or {}
-        names = [str(uri).rstrip("/").rpartition("/")[2] for uri in models.values()] if isinstance(models, dict) else []
-        named = next((name for name in names if name and name in evidence.text), None)
         return f"make verify-models NAME={named}" if named else "make models"
     if kind == DISK:
         return "make cache EVICT=unused" if here else again(run, facts, {"paths.checkpoints.keep_last": 1})
@@ -528,15 +532,22 @@ def paragraph(failure: Mapping[str, Any]) -> str:
         ended, kind = "stopped", "told to end"
     if failure["code"] == RESUME_ME:
         return f"{failure['run']} stopped: {kind}, {where}, everything saved: {evidence}."
+    evidence = evidence.partition("; next: ")[0]
     shown = evidence if len(evidence) <= 450 else evidence[:449] + "…"
     out = [f"{failure['run']} {ended}: {kind}, {where} (code {failure['code']}): {shown.rstrip('.')}."]
-    if told := memory_told(failure["memory"]):
+    if failure["code"] != BAD_INPUT and (told := memory_told(failure["memory"])):
         out.append(f"Memory when last looked at: {told}.")
     others = [rank for rank in failure["ranks"] if rank != failure["first_rank"]]
     if failure["first_rank"] is not None and others:
         after = f"{'rank' if len(others) == 1 else 'ranks'} {', '.join(others)}"
         out.append(f"Rank {failure['first_rank']} was the first; {after} ended after it.")
     return " ".join(out)
+
+
+def following(failure: Mapping[str, Any]) -> str:
+    """What to do: the cause's own advice, where it gives one, and the command."""
+    own = " ".join(str(failure["cause"]).partition("; next: ")[2].split()).rstrip(".")
+    return f"{own}; then: {failure['next']}" if own else str(failure["next"])
 
 
 def page(kind: str) -> str:
@@ -593,13 +604,13 @@ def main(argv: list[str] | None = None) -> int:
         failure = json.loads(without_secrets(json.dumps(explain(folder, end))))
         told = paragraph(failure)
         print(textwrap.fill(told, 69, break_long_words=False, break_on_hyphens=False))
-        print(f"more: {page(failure['class'])}\nnext: {failure['next']}", flush=True)
+        print(f"more: {page(failure['class'])}\nnext: {following(failure)}", flush=True)
     except Exception as error:  # whatever it is, the run's own end is what counts
         print(f"causes    warn  not explained: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     for name, make in (
         ("failure.json", lambda: write(folder / "failure.json", (json.dumps(failure, indent=2) + "\n").encode())),
-        ("failure.md", lambda: write(folder / "failure.md", f"{told} Next: `{failure['next']}`\n".encode())),
+        ("failure.md", lambda: write(folder / "failure.md", f"{told} Next: `{following(failure)}`\n".encode())),
         ("bundle.tar.gz", lambda: pack(folder)),
     ):
         try:

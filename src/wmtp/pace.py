@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
 import time
+from collections import deque
 
 import torch
 from tqdm import tqdm
@@ -24,6 +26,8 @@ class Pace:
         self.place, self.first, self.total = place, first, total
         self.began = time.monotonic()
         self._rates: list[float] = []
+        self._losses: deque[float] = deque(maxlen=5)
+        self._lowest, self._warned = math.inf, False
         card = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else ""
         peak = peak_flops(card, precision)
         self._share_per_token = flops_per_token(spec, length) / (peak * place.world) if peak else None
@@ -72,6 +76,7 @@ class Pace:
 
     def show(self, step: int, figures: dict[str, float], line: bool) -> None:
         """Rank 0 tells of step ``step``; ``line``: it is one of those that a log keeps."""
+        self._look_at(figures["wmtp_loss"])
         mfu = f"  MFU {100 * figures['mfu']:.0f} %" if "mfu" in figures else ""
         text = f"wmtp_loss {figures['wmtp_loss']:.3f}  {figures['tokens_per_second']:.0f} tok/s{mfu}"
         if self._bar is not None:
@@ -80,6 +85,21 @@ class Pace:
         elif line:
             left = (self.total - step) * (time.monotonic() - self.began) / (step - self.first)
             say(f"Step {step}/{self.total}  {text}  gradient norm {figures['grad_norm']:.2f}  {left:.0f} s left")
+
+    def _look_at(self, loss: float) -> None:
+        """Tell once that the loss is far above where it was; `vitals.loss_rising` tells the page and the report."""
+        if not math.isfinite(loss):
+            return  # told elsewhere, and no figure to compare with
+        self._losses.append(loss)
+        middle = statistics.median(self._losses)
+        if len(self._losses) == self._losses.maxlen:
+            self._lowest = min(self._lowest, middle)
+            if not self._warned and middle >= max(self._lowest + 1, 1.5 * self._lowest):
+                self._warned = True
+                say(
+                    f"train     warn  the loss has risen: {middle:.3f} over the last {len(self._losses)} steps, "
+                    f"{self._lowest:.3f} at its lowest; is optim.lr too high?"
+                )
 
     def typical(self) -> float | None:
         """Tokens a second of a step, the median; the first left out, which compiles and allocates."""

@@ -1,7 +1,8 @@
 """The dry run: what can be known to fail is found here, on a laptop, without importing torch.
 
     python -m wmtp.preflight --env production --config F --recipe F [--recipe F …] [--set a.b=c …]
-                             [--revision R] [--receipt-dir D] [--only 1,memory,…] [--json] [--offline] [--verbose]
+                             [--revision R] [--receipt-dir D] [--only 1,memory,…] [--json] [--offline]
+                             [--verbose] [--brief]
 
 Five headings; each line is `ok`, `warn`, `FAIL` or `not checked (why)`, and all findings are shown. What needs torch
 (memory, models, tokenizers, data, the twin) runs meanwhile in a child, `wmtp.preflight_torch`.
@@ -51,7 +52,10 @@ PLANNED = {  # what the plan names, whether or not this recipe uses it
     "tokenizer": ("hf-sentencepiece", "hf-transformers"),
 }
 GPU_MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "L40S": 48, "A10G": 24, "V100": 32, "T4": 16}
-RATE_MOST = 0.1  # AdamW moves each weight by about the rate: larger ones diverge
+RATE_MOST, RATE_TUNED = (
+    0.1,
+    1e-3,
+)  # AdamW moves each weight by about the rate: larger ones diverge, pretrained ones sooner
 NO_BF16 = ("V100", "T4", "P100")
 PRESET_GPUS = {"gpu-a100-80g-small": 1, "gpu-a100-80g-medium": 2, "gpu-a100-80g-large": 4}
 
@@ -130,9 +134,11 @@ def check_configuration(
         counts = Counter("default" if r["from"] == "default" else "named" for r in rows)
         rates = settings.flat(both["recipe"])
         for key in ("optim.lr", "pretrain.lr", "critic.value_lr"):
-            if rates[key] > RATE_MOST:
-                told_as = f"{rates[key]:g} is larger than what trains"
-                findings.append(Finding(1, WARN, key, told_as, f"--set {key}=1e-4", f"a rate is at most {RATE_MOST:g}"))
+            tuned = env == "production" and key == "optim.lr"
+            if rates[key] > (most := RATE_TUNED if tuned else RATE_MOST):
+                told_as = f"{rates[key]:g} is larger than what trains{' a pretrained model' if tuned else ''}"
+                rule = f"a rate is at most {most:g}"
+                findings.append(Finding(1, WARN, key, told_as, f"--set {key}={most / 50:g}", rule))
         variables = sorted({n for r in rows for n in named_variables(r["from"])})
         findings.append(
             Finding(
@@ -620,6 +626,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="the findings on standard output")
     parser.add_argument("--offline", action="store_true", help="no bucket is meant to be asked")
     parser.add_argument("--verbose", action="store_true", help="with a decoded sample of the data")
+    parser.add_argument("--brief", action="store_true", help="without each value; the receipt has them")
     args = parser.parse_args(argv)
     args.only = only_of(args.only)
     return args
@@ -677,7 +684,8 @@ def main(argv: list[str] | None = None) -> int:
         if not pairs:
             findings.append(Finding(number, NOT, HEADINGS[number - 1], "nothing loaded"))
     findings = unique(findings)
-    show(findings, resolved, len(args.recipe) == 1, [n for n in asked if n < 4])
+    every_value = len(args.recipe) == 1 and not args.brief
+    show(findings, [] if args.brief else resolved, every_value, [n for n in asked if n < 4])
     if child.child:
         say(f"          {', '.join(n for n in TORCH_CHECKS if n in only)}: importing torch takes 10 s")
     findings = unique([*findings, *child.findings()])
@@ -692,7 +700,9 @@ def main(argv: list[str] | None = None) -> int:
     if wrong and resolved and len(args.recipe) == 1:  # the lines above may be more than a screen
         say(f"what is wrong ({len(wrong)})")
         for finding in wrong:
-            say(f"               {wrapped(f'{finding.subject}: {finding.detail.splitlines()[0]}', columns(), 17)}")
+            text = f"{finding.subject}: {finding.detail.splitlines()[0]}"
+            text += "".join(f"; {k}: {v}" for k, v in (("rule", finding.rule), ("next", finding.next)) if v)
+            say(f"               {wrapped(text, columns(), 17)}")
     counts = Counter(f.verdict for f in findings)
     report = {
         "env": args.env,

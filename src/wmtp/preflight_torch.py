@@ -292,9 +292,7 @@ def check_data(
         if not some:
             continue
         if tokenizer is None:
-            size = sum(map(len, some)) / 1e3
-            told = f"{len(some)} texts, {size:.0f} k characters; tokens: no tokenizer here"
-            yield Finding(5, NOT, subject, told)
+            yield _uncounted(subject, some, config, recipe)
             continue
         yield _counted(subject, some, layout, tokenizer, config, recipe)
         if verbose:
@@ -355,6 +353,27 @@ def _texts(folder: Path) -> tuple[list[str], Counter[str]]:
     return [record.text for record in read_records(folder, counts)], counts
 
 
+def _uncounted(subject: str, texts: list[str], config: settings.Config, recipe: settings.Recipe) -> Finding:
+    """What can be said without a tokenizer: a piece has two bytes or more, nearly always."""
+    size = sum(len(text.encode()) for text in texts)
+    detail = f"{len(texts)} texts, {size / 1e3:.0f} kB; tokens: no tokenizer here"
+    per_step = rows_per_step(recipe, _ranks(config))
+    rows = math.ceil(min(len(texts), size / 2 / recipe.data.train.max_length))
+    if subject == "data.train" and rows < per_step:
+        detail += f"; at most about {rows} rows of {recipe.data.train.max_length}, and a step has {per_step}"
+        return _not_a_step(subject, detail)
+    return Finding(5, NOT, subject, detail)
+
+
+def _not_a_step(subject: str, detail: str) -> Finding:
+    following = "more data; or lower train.accumulation_steps or data.train.batch_size"
+    return Finding(5, WARN, subject, detail, following, "a step is at most an epoch")
+
+
+def _ranks(config: settings.Config) -> int:
+    return max(1, config.launcher.resources.gpus) if config.devices.distributed.enabled else 1
+
+
 def _counted(
     subject: str, texts: list[str], layout: Any, tokenizer: Tokenizer, config: settings.Config, recipe: settings.Recipe
 ) -> Finding:
@@ -372,19 +391,11 @@ def _counted(
     if every > 1:
         detail += f"; estimated from one document in {every}"
     if subject == "data.train":
-        world = max(1, config.launcher.resources.gpus) if config.devices.distributed.enabled else 1
-        per_step = rows_per_step(recipe, world)
+        per_step = rows_per_step(recipe, _ranks(config))
         total = total_steps(len(rows) * every, per_step, recipe)
         detail += f"; {len(rows) * every / per_step:.1f} steps an epoch, in all {steps_told(total, recipe)}"
         if len(rows) * every < per_step:
-            return Finding(
-                5,
-                WARN,
-                subject,
-                detail,
-                "lower train.accumulation_steps or data.train.batch_size",
-                "a step is at most an epoch",
-            )
+            return _not_a_step(subject, detail)
     return Finding(5, OK, subject, detail)
 
 

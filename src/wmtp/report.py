@@ -205,6 +205,10 @@ def survived(run: Run) -> list[tuple[str, str, str]]:
         )
     if run.not_finite:
         rows.append(("left out", f"{run.not_finite} steps that were not finite", "steps.jsonl"))
+    if (change := learned(run)).endswith("(not lower)"):
+        rows.append(
+            ("held-out loss", f"{change}: what was not trained on is predicted no better than before", "evals.jsonl")
+        )
     rows += [("warning", text, "steps.jsonl") for text in vitals.warnings(vitals.read("", record=run.folder))]
     log = run.folder / "log.txt"
     told = [
@@ -232,7 +236,7 @@ def plan_rows(run: Run) -> list[tuple[str, str, str]]:
         return NONE if not known else f"{value} — {verdict}"
 
     small = run.facts.get("env") != "production"
-    rate = f", {moved * 1000 / took:.0f} MB/s" if took and moved else ""
+    rate = f", {moved * 1000 / took:.0f} MB/s of the whole stage" if took and moved else ""
     where, tracked = run.facts.get("mlflow", {}).get("uri", NONE), run.facts.get("mlflow_run_id")
     each = f", {seconds(most)} at most at a time" if took and most < took else ""
     fetched = f"{NONE if run.moved is None else f'{moved:.2f} GB'} in {seconds(took)}{rate}{each}"
@@ -303,9 +307,7 @@ def weight_rows(run: Run) -> list[tuple[str, str, str]]:
         ends = [[s[key] for s in part if s.get(key) is not None] for part in (run.steps[:some], run.steps[-some:])]
         if all(ends):
             first, last = map(statistics.median, ends)
-            rows.append(
-                (what, f"{first:.3f} -> {last:.3f} (medians of the first and last {some} steps)", "steps.jsonl")
-            )
+            rows.append((what, f"{first:.3f} -> {last:.3f}", f"medians of the first and last {some} steps"))
     return rows
 
 
@@ -363,6 +365,7 @@ def sections(run: Run, notes: str) -> list[Section]:
         ("image", NONE + ": before the container begins", ""),
         ("sum", seconds(sum(run.ledger.seconds.values())), f"paid for: {seconds(run.ledger.total)}"),
     ]
+    where = [row for row in where if not row[1].startswith(NONE)] or [("nothing", "it ended before it was known", "")]
     before, after = run.held_out()
     learning = Section(
         "How it learned",
@@ -413,7 +416,9 @@ def sections(run: Run, notes: str) -> list[Section]:
         speed.figures.append(("memory", plots.line_plot(run.steps, "memory_gib", "Memory of rank 0", "GiB")))
     if len(run.node) > 1:
         speed.figures.append(("node", plots.gpu_plot(run.node)))
-    weight = Section("Where the weight went", weight_rows(run))
+    weight = Section(
+        "Where the weight went", weight_rows(run), ("what", "at the beginning -> at the end", "of steps.jsonl")
+    )
     if facts.get("algo") == "baseline-mtp":
         weight.text = "baseline-mtp weighs all tokens alike: there is nothing to show."
     elif run.steps:

@@ -370,7 +370,13 @@ def figures(lines: list[Line], key: str) -> list[float]:
 
 def warnings(seen: Seen) -> list[str]:
     """What a person would want to be told, a line each."""
-    told = [loss_not_finite(seen), loss_spiking(seen), no_gradient(seen), value_head(seen), slow(seen)]
+    told = [
+        loss_not_finite(seen),
+        loss_rising(seen) or loss_spiking(seen),
+        no_gradient(seen),
+        value_head(seen),
+        slow(seen),
+    ]
     told += [data_bound(seen), collapsed(seen)]
     if standing(seen).live:
         told += [no_life(seen) or no_progress(seen)]
@@ -401,6 +407,18 @@ def loss_spiking(seen: Seen) -> str | None:
             step = seen.steps[index]["step"]
             return f"loss spiking: {loss:.3f} at step {step:.0f}, the median before it is {middle:.3f}"
     return None
+
+
+def loss_rising(seen: Seen) -> str | None:
+    """The last steps are a nat, and half as much again, above the lowest so far: it unlearns."""
+    losses = figures(seen.steps, "wmtp_loss")
+    medians = [median(losses[end - RECENT : end]) for end in range(RECENT, len(losses) + 1)]
+    if not medians or medians[-1] < max(min(medians) + 1, 1.5 * min(medians)):
+        return None
+    return (
+        f"the loss has risen: {medians[-1]:.3f} over the last {RECENT} steps, {min(medians):.3f} at its lowest "
+        "(was optim.lr too high?)"
+    )
 
 
 def no_gradient(seen: Seen) -> str | None:

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(
             str(error),
             "each model has its vocab_size and a tokenizer",
-            "scripts/sync_models.sh brings models; one that the bucket has so is to be published again",
+            "name its folder in paths.models; scripts/sync_models.sh brings it; if the bucket has it so, publish again",
             13,
         )
     except VocabError as error:
