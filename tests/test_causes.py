@@ -449,7 +449,7 @@ def test_the_advice_of_the_cause_comes_before_the_command(tmp_path: Path) -> Non
 
 
 def test_a_model_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
-    facts = {"env": "test", "algo": "baseline-mtp", "launcher": "local"}
+    facts: dict[str, Any] = {"env": "test", "algo": "baseline-mtp", "launcher": "local"}
     facts |= {"config": {"paths": {"models": {"base": "file:///app/models/lama", "rm": "file:///app/models/rm"}}}}
     log = "vocab     FAIL  /app/models/lama: no such folder\n"
     folder = record(tmp_path / "r", facts_json=json.dumps(facts), log_txt=log)

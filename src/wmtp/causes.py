@@ -546,7 +546,8 @@ def paragraph(failure: Mapping[str, Any]) -> str:
 
 def following(failure: Mapping[str, Any]) -> str:
     """What to do: the cause's own advice, where it gives one, and the command."""
-    own = " ".join(str(failure["cause"]).partition("; next: ")[2].split()).rstrip(".")
+    said = re.search(r"(?:; |\n\s*)next: (.+)", str(failure["cause"]), re.DOTALL)
+    own = " ".join(said[1].split()).rstrip(".") if said else ""
     return f"{own}; then: {failure['next']}" if own else str(failure["next"])
 
 

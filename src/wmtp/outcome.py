@@ -202,7 +202,9 @@ def named(text: str) -> str:
 
 def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, str, str]:
     """Exit code, class, cause and what a person sees of ``error``; the traceback goes to ``log``."""
-    of, told = causes.of_error(error), named(str(error))
+    # Gloo names its own source, and advises to look at the other rank, which has said what it was.
+    told = named(re.sub(r"\[\S*gloo/\S+\] |\. This is typically caused by .*", "", str(error), flags=re.DOTALL))
+    of = causes.of_error(error)
     if isinstance(error, ConfigError):
         return BAD_INPUT, of, told, told
     if isinstance(error, BadInput | DataError | ModelError):
@@ -215,8 +217,8 @@ def failure(error: Exception, rank: int, log: Path | None) -> tuple[int, str, st
     return (
         code,
         causes.BY_CODE.get(code, of),
-        f"rank {rank}: {kind}{error}",
-        f"train     FAIL  rank {rank}: {kind}{error}\n"
+        f"rank {rank}: {kind}{told}",
+        f"train     FAIL  rank {rank}: {kind}{told}\n"
         "              rule  a failed step ends the run; what was saved stays\n"
         f"              next  {first}start the same command: it goes on from the newest checkpoint",
     )

@@ -91,10 +91,12 @@ class Pace:
         if not math.isfinite(loss):
             return  # told elsewhere, and no figure to compare with
         self._losses.append(loss)
+        if math.isinf(self._lowest):
+            self._lowest = loss
         middle = statistics.median(self._losses)
         if len(self._losses) == self._losses.maxlen:
             self._lowest = min(self._lowest, middle)
-            if not self._warned and middle >= max(self._lowest + 1, 1.5 * self._lowest):
+            if not self._warned and middle >= max(self._lowest + 1, 1.25 * self._lowest):
                 self._warned = True
                 say(
                     f"train     warn  the loss has risen: {middle:.3f} over the last {len(self._losses)} steps, "

@@ -410,13 +410,14 @@ def loss_spiking(seen: Seen) -> str | None:
 
 
 def loss_rising(seen: Seen) -> str | None:
-    """The last steps are a nat, and half as much again, above the lowest so far: it unlearns."""
+    """The last steps are a nat and a quarter above the lowest so far: it unlearns."""
     losses = figures(seen.steps, "wmtp_loss")
     medians = [median(losses[end - RECENT : end]) for end in range(RECENT, len(losses) + 1)]
-    if not medians or medians[-1] < max(min(medians) + 1, 1.5 * min(medians)):
+    lowest = min([*losses[:1], *medians], default=0.0)
+    if not medians or medians[-1] < max(lowest + 1, 1.25 * lowest):
         return None
     return (
-        f"the loss has risen: {medians[-1]:.3f} over the last {RECENT} steps, {min(medians):.3f} at its lowest "
+        f"the loss has risen: {medians[-1]:.3f} over the last {RECENT} steps, {lowest:.3f} at its lowest "
         "(was optim.lr too high?)"
     )
 
