@@ -74,7 +74,9 @@ def test_a_synced_model_is_called_by_its_name(tmp_path: Path) -> None:
 def test_what_gloo_says_of_itself_is_left_out() -> None:
     said = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34988. "
     said += "This is typically caused by a remote worker crashing. Check the logs.\nGLHF!"
-    assert failure(RuntimeError(said), 1, None)[2] == "rank 1: RuntimeError: Connection closed by peer [127.0.0.1]:34988"
+    assert (
+        failure(RuntimeError(said), 1, None)[2] == "rank 1: RuntimeError: Connection closed by peer [127.0.0.1]:34988"
+    )
 
 
 def test_a_signal_or_the_end_of_the_hours_is_a_notice_to_stop() -> None:
