@@ -123,7 +123,8 @@ def test_the_markdown_has_the_same_facts_and_its_pictures_beside_it(folder: Path
         "2.0 MB in 10 s",
         "20.0 % of these seconds",
         "a &lt;tag> & 7 \\| 8",
-        "| effective sample size, a share of the tokens | 0.800 -> 0.800 | medians of the first and last 6 steps |",
+        "| what | first 6 steps -> last 6 (medians) | source |",
+        "| effective sample size, a share of the tokens | 0.800 -> 0.800 | steps.jsonl |",
         "| mean weight of head 3 | 1.000 -> 1.000",
     ):
         assert known in text, known

@@ -171,7 +171,7 @@ def weights_plot(steps: list[dict[str, Any]]) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("weight (1: unweighted)")
 
-    return svg(draw, "Mean weight of each head, smallest and largest weight")
+    return svg(draw, "Weights: mean of each head, smallest, largest")
 
 
 def gpu_plot(node: list[dict[str, Any]]) -> str:

@@ -296,18 +296,23 @@ WEIGHTS = {
 }
 
 
+def ends_of(run: Run) -> int:
+    """How many steps are its beginning, and its end."""
+    return min(10, -(-len(run.steps) // 2))
+
+
 def weight_rows(run: Run) -> list[tuple[str, str, str]]:
     """What the weights were at the beginning and at the end; nothing where all tokens weigh alike."""
     if run.facts.get("algo") == "baseline-mtp" or not run.steps:
         return []
-    some = min(10, -(-len(run.steps) // 2))
+    some = ends_of(run)
     means = {k: f"mean weight of head {k[12:]}" for k in run.steps[-1] if k.startswith("w_mean_head_")}
     rows = []
     for key, what in {**means, **WEIGHTS}.items():
         ends = [[s[key] for s in part if s.get(key) is not None] for part in (run.steps[:some], run.steps[-some:])]
         if all(ends):
             first, last = map(statistics.median, ends)
-            rows.append((what, f"{first:.3f} -> {last:.3f}", f"medians of the first and last {some} steps"))
+            rows.append((what, f"{first:.3f} -> {last:.3f}", "steps.jsonl"))
     return rows
 
 
@@ -416,9 +421,8 @@ def sections(run: Run, notes: str) -> list[Section]:
         speed.figures.append(("memory", plots.line_plot(run.steps, "memory_gib", "Memory of rank 0", "GiB")))
     if len(run.node) > 1:
         speed.figures.append(("node", plots.gpu_plot(run.node)))
-    weight = Section(
-        "Where the weight went", weight_rows(run), ("what", "at the beginning -> at the end", "of steps.jsonl")
-    )
+    spans = f"first {ends_of(run)} steps -> last {ends_of(run)} (medians)"
+    weight = Section("Where the weight went", weight_rows(run), ("what", spans, "source"))
     if facts.get("algo") == "baseline-mtp":
         weight.text = "baseline-mtp weighs all tokens alike: there is nothing to show."
     elif run.steps:
