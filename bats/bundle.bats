@@ -44,7 +44,7 @@ known() { "$REAL_PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])
 }
 
 @test "bundle: of the paragraph no line is lost, also where one begins as the command does" {
-  instead '-m wmtp.train ' "printf '{\"code\": 2, \"step\": 0, \"cause\": \"%042d; rule: all is loaded; next: fetch or export it again\"}' 0 >'$record/exit.json'; exit 2"
+  instead '-m wmtp.train ' "printf '{\"code\": 2, \"step\": 0, \"cause\": \"%042d, rule: all is loaded, next: fetch or export it again\"}' 0 >'$record/exit.json'; exit 2"
   ENV_MODE=test run -2 --separate-stderr startup
   [[ $stderr == *$'\nstartup   next: fetch or export it again.\n'*'FAIL  training ended with 2'*$'\n          next  make dryrun '* ]]
 }

@@ -218,8 +218,8 @@ def test_a_resumed_run_fetched_its_models_more_than_once_and_each_time_in_time(f
 
 def test_labels_of_lines_that_end_together_stay_inside(folder: Path, tmp_path: Path) -> None:
     _, page = made(folder, tmp_path / "out")
-    weights = page[page.index("Mean weight of each head") :]
-    title = float(re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>Mean weight', weights)[0])
+    weights = page[page.index("Weights: mean of each head") :]
+    title = float(re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>Weights: mean', weights)[0])
     labels = re.findall(r'translate\([\d.]+ ([\d.]+)\)[^>]*>head \d|<text[^>]* y="([\d.]+)"[^>]*>head \d', weights)
     assert len(labels) == 4 and all(float(a or b) > title + 5 for a, b in labels)
 
