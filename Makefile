@@ -16,18 +16,18 @@ $(call refuse,LAUNCHER,$(LAUNCHERS))
 set = $(filter-out undefined default,$(origin $(1)))
 VARIABLES := ENV ALGO LAUNCHER CONFIG RECIPE RUN_NAME DRY_RUN MAX_HOURS TORCH_BACKEND PYTHON FROM NAME NAMES SET ALLOW RUN_ID RUNS NOTES STEP RESUME TAIL FOLLOW BASE_IMAGE IMAGE_PYTHON REGISTRY_USER SEED SEEDS STEPS STAGES SIGNALS
 $(foreach name,$(VARIABLES),$(if $(call set,$(name)),$(eval export $(name))))
-# A name that nobody reads would leave the run as it is, and say nothing.
+# A name that nobody reads would leave the run as it is, and say nothing. It may be one of this file's own: `override`, and 1 for a name.
 MORE := AS ENGINE EVICT FORCE ONLY TWIN POLL_S STALL_S WATCH_MAX
 SETTINGS := $(VARIABLES) $(MORE) CI NO_COLOR TMPDIR SHELL MAKEFLAGS %_TOKEN %_proxy %_PROXY \
   AWS_% DOCKER_% HF_% LC_% MLFLOW_% OMP_% PIP_% PYTEST_% S3_% UV_% VESSL_% WMTP_%
 # Nor are these ours, but what the commands start reads them: CUDA_LAUNCH_BLOCKING=1, NCCL_DEBUG=INFO, LANG=C.
 SETTINGS += COLUMNS HOME LANG PATH TERM TZ REQUESTS_CA_BUNDLE TORCH_LOGS BUILDKIT_% CUDA_% GIT_% GLOO_% NCCL_% PYTORCH_% SSL_CERT_% TORCHDYNAMO_% \
   TORCHINDUCTOR_% TORCH_NCCL_% TRITON_% XDG_%
-STRANGE := $(filter-out $(SETTINGS),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
-first := $(firstword $(STRANGE))
-near := $(if $(first),$(shell python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' \
-  '$(first)' $(VARIABLES) $(MORE) 2>/dev/null))
-$(if $(first),$(error $(first)=$($(first)): not known. rule: a variable that no command reads changes nothing; next: $(if $(near),$(near)=$($(first)),make help)))
+override STRANGE := $(filter-out $(SETTINGS),$(foreach 1,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(1)))),$(1))))
+override MEANT = $(shell python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' \
+  '$(subst ','\'',$(1))' $(VARIABLES) $(MORE) 2>/dev/null)
+$(foreach 1,$(firstword $(STRANGE)),$(foreach 2,$(or $(MEANT),-),$(error $(1)=$($(1)): not known. \
+  rule: a variable that no command reads changes nothing; next: $(if $(filter -,$(2)),make help,$(2)=$($(1))))))
 
 # By content, not by time: a checkout's files may be older than an environment that lacks what they ask for. By its place,
 # too: a copied environment still has the other checkout's package.

@@ -43,6 +43,12 @@ known() { "$REAL_PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])
   [[ $output == *one/exit.json*one/failure.json*one/failure.md* ]]
 }
 
+@test "bundle: of the paragraph no line is lost, also where one begins as the command does" {
+  instead '-m wmtp.train ' "printf '{\"code\": 2, \"step\": 0, \"cause\": \"%042d; rule: all is loaded; next: fetch or export it again\"}' 0 >'$record/exit.json'; exit 2"
+  ENV_MODE=test run -2 --separate-stderr startup
+  [[ $stderr == *$'\nstartup   next: fetch or export it again.\n'*'FAIL  training ended with 2'*$'\n          next  make dryrun '* ]]
+}
+
 @test "bundle: the log of a run that goes on on another node goes on where it came from the bucket" {
   instead 'wmtp.record begin' 'echo "of the node before" >"$WMTP_APP_ROOT/came" && mv -f "$WMTP_APP_ROOT/came" "$WMTP_APP_ROOT/logs/one/log.txt"'
   TRAINER=fails run -20 --separate-stderr startup

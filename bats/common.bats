@@ -59,6 +59,15 @@ setup() {
 @test "make: a variable that no command reads is refused, before anything is done" {
   run -2 --separate-stderr make --no-print-directory -C "$repo" -n minitest ALG=critic-wmtp
   [[ $stderr == *'ALG=critic-wmtp: not known'*'next: ALGO=critic-wmtp'* && -z $output ]]
+  # Also one that this file itself has a use for, and one that is no word of a shell.
+  local name
+  for name in name first near set; do
+    run -2 --separate-stderr make --no-print-directory -C "$repo" -n models "$name=3"
+    [[ $stderr == *"$name=3: not known. rule: "* ]]
+  done
+  run -2 --separate-stderr make --no-print-directory -C "$repo" -n models STRANGE=
+  run -2 --separate-stderr make --no-print-directory -C "$repo" -n status "RUN'S=3"
+  [[ $stderr == *"RUN'S=3: not known"*'next: RUNS=3'* && $stderr != *EOF* ]]
   run -0 --separate-stderr make -C "$repo" -n status RUN_ID=3 S3_ENDPOINT_URL=http://x VESSL_TIMEOUT_S=5 POLL_S=1
   run -0 --separate-stderr make -C "$repo" -n train CUDA_LAUNCH_BLOCKING=1 NCCL_DEBUG=INFO LANG=C COLUMNS=80
 }

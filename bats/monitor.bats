@@ -147,6 +147,28 @@ PY
   [[ $stderr == *'VESSL_ACCESS_TOKEN is not set'* ]]
 }
 
+@test "watch: last words are read wherever they stand, also those of older images; a stage that could not begin failed by itself" {
+  local -a after
+  mapfile -t after < <(printf '%02000d\n' {1..99})
+  # shellcheck disable=SC2034,SC2030  # read by what is sourced
+  judged() { (source "$tree/scripts/watch.sh" && STATUS=failed NUMBER=7 ran=1 && if again "$@" "${after[@]}"; then echo "again: $WHY"; else echo "$CODE: $WHY"; fi); }
+  local word
+  for word in 'stopped: ' 'FAIL  '; do
+    run -0 judged "startup   ${word}MAX_HOURS: 24 h are used up after 5 s; training ended with 75 after 3 s: step 9 SIGTERM"
+    [[ $output == '75: its hours are used up' ]]
+    run -0 judged "startup   ${word}training ended with 75 after 20 s: step 3 SIGTERM"
+    [[ $output == 'again: it was told to end and saved' ]]
+  done
+  run -0 judged 'startup   FAIL  ended by a signal after 3 s'
+  [[ $output == 'again: it ended without a word'* ]]
+  for word in 'AWS_ACCESS_KEY_ID is not set' 'MAX_HOURS=soon'; do
+    run -0 judged "startup   FAIL  $word"
+    [[ $output == "1: it failed by its own fault: $word" ]]
+  done
+  run -0 judged 'sync      FAIL  no room' 'startup   FAIL  sync ended with 10 after 2 s'
+  [[ $output == '10: it failed by its own fault (code 10): sync ended with 10 after 2 s' ]]
+}
+
 @test "compare: two runs or more are named; a name that nobody knows is told those that there are" {
   record "$tree/build/minitest/app/logs/own-run" 12 0
   run -2 --separate-stderr "$tree/scripts/report.sh" --compare
@@ -154,4 +176,16 @@ PY
   unset AWS_ACCESS_KEY_ID
   RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/report.sh"
   [[ $stderr == *'own-rnu: no such run'*'here: own-run'* ]]
+}
+
+@test "report: its page lies in a folder of the run, whatever the run is called" {
+  local name
+  for name in own-run record minitest; do
+    record "$tree/build/minitest/app/logs/$name" 3 0
+    RUN_ID=$name run -0 --separate-stderr "$tree/scripts/report.sh"
+    [[ $output == *build/minitest/$name/report.html ]]
+  done
+  record "$work/an app/logs/record" 3 0
+  WMTP_APP_ROOT="$work/an app" RUN_ID=record ENV=test run -0 --separate-stderr "$tree/scripts/report.sh"
+  [[ $output == *build/report/record/report.html ]]
 }

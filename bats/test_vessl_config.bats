@@ -121,3 +121,12 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   [[ $rc == 143 && $(<"$BATS_TEST_TMPDIR/err") == *'FAIL  interrupted (SIGTERM)'* && $(<"$BATS_TEST_TMPDIR/err") != *Traceback* ]]
   [[ -z $(find "$BATS_TEST_TMPDIR/tmp" -name 'wmtp-*') ]]
 }
+
+@test "deploy: a rehearsal counts what the dry run found, its summary is none of that" {
+  # shellcheck disable=SC2030,SC2034 # for what is sourced
+  rehearsed_dry_run() { (source "$repo/scripts/deploy.sh" && HERE=$BATS_TEST_TMPDIR DRY_RUN=1 && dry_run 0); }
+  ENV=production ALGO=critic-wmtp SET='launcher.resources.gpus=2' run -0 --separate-stderr rehearsed_dry_run
+  [[ $stderr == *'would refuse: the dry run ended with 2: 1 FAIL'* ]]
+  ONLY=modles ENV=production ALGO=critic-wmtp run -0 --separate-stderr rehearsed_dry_run
+  [[ $stderr == *'would refuse: the dry run ended with 2: 1 FAIL'* && $stderr == *'next  ONLY=models'* ]]
+}

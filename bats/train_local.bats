@@ -37,3 +37,11 @@ local_test() { "$repo/scripts/train_local.sh" "$@"; }
   DRY_RUN=1 run -2 --separate-stderr "$repo/scripts/minitest.sh"
   [[ $stderr == *'DRY_RUN=1'*'make dryrun ENV=minitest'* && -z $output ]]
 }
+
+@test "minitest: what was stopped and saved, its hours used up, has not failed" {
+  stage_of() { (source "$repo/scripts/minitest.sh" && RUN_DIR=$BATS_TEST_TMPDIR && stage startup bash -c "exit $1"); }
+  run -75 --separate-stderr stage_of 75
+  [[ $stderr == *'stopped in startup after 0 s; the same command goes on' && $stderr != *FAIL* ]]
+  run -20 --separate-stderr stage_of 20
+  [[ $stderr == *'FAIL  startup ended with 20'*'next  mend what is named above'* ]]
+}

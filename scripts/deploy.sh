@@ -73,7 +73,7 @@ dry_run() {
   if ((rc || ended_by)); then
     grep -E -A2 'FAIL' "$HERE/dryrun.log" >&2 || cat "$HERE/dryrun.log" >&2
     if [[ ${DRY_RUN:-} != 1 ]] || ((ended_by)); then leave 0 "$rc"; fi
-    refuse "$rc" "the dry run ended with $rc: $(grep -c 'FAIL ' "$HERE/dryrun.log" || true) FAIL"
+    refuse "$rc" "the dry run ended with $rc: $(grep -c 'FAIL  ' "$HERE/dryrun.log" || true) FAIL"
   fi
   grep -E '^ *(warn|not checked)' "$HERE/dryrun.log" >&2 || true
   said=$(grep -oE '[0-9]+ ok, .* FAIL' "$HERE/dryrun.log" | tail -n 1 || true)

@@ -25,8 +25,8 @@ stage() {
   log minitest "$name"
   run_child "$@" >"$RUN_DIR/$name.out"
   ((rc)) || rc=$ended_by
-  if ((ended_by)); then
-    log minitest "interrupted in $name after $((SECONDS - began)) s; the same command goes on"
+  if ((ended_by || rc == 75)); then # a signal, or MAX_HOURS
+    log minitest "stopped in $name after $((SECONDS - began)) s; the same command goes on"
     exit "$rc"
   fi
   ((rc == 0)) || die "$rc" "$name ended with $rc after $((SECONDS - began)) s" '' 'mend what is named above, then the same command: it goes on'

@@ -72,11 +72,10 @@ main() {
   fi
   record_of "${RUN_ID:-}"
   case $RECORD in
-    */record) out=$(dirname "$RECORD") ;;
+    */"$NAME"/record) out=$(dirname "$RECORD") ;;
     "$ROOT"/build/*/app/logs/"$NAME") # what this machine ran itself has its page where the other files of the run are
-      out=${RECORD%/app/logs/*}
-      [[ ${out##*/} == "$NAME" ]] || out=$out/$NAME
-      out=${out#"$ROOT"/}
+      out=${RECORD%/app/logs/*} out=${out#"$ROOT"/}
+      [[ $out == build/*/"$NAME" ]] || out=$out/$NAME
       ;;
     *) out=build/report/$NAME ;;
   esac

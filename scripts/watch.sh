@@ -19,19 +19,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/follow.bash"
 
 # again LINE…: 0 when the run may be submitted again, WHY says why or why not.
 again() {
-  local code
+  local code own
   code=$(code_of "$@")
+  own=$(printf '%s\n' "$@" | sed -nE '/FAIL  ended by a signal/d; s/.*startup +FAIL  //p' | tail -n 1 | cut -c1-300)
   if [[ -f $RUN_DIR/stopped && $(<"$RUN_DIR/stopped") == "$NUMBER" ]] ||
     [[ $STATUS == terminated && $REASON != *[Pp]reempt* ]]; then
     WHY='a person stopped it' CODE=143
     return 1
   fi
-  if printf '%s\n' "$@" | grep -qE '(FAIL  |stopped: )MAX_HOURS'; then
+  if printf '%s\n' "$@" | grep -E '(FAIL  |stopped: )MAX_HOURS: ' >/dev/null; then # not -q: a pipe that closes early fails
     WHY='its hours are used up' CODE=75
     return 1
   fi
   CODE=${code:-1}
-  case $code in
+  case ${code:-${own:+none}} in
     75) WHY='it was told to end and saved' ;;
     11 | 12) WHY="its bucket did not answer (code $code)" ;;
     '')
@@ -42,7 +43,7 @@ again() {
       fi
       ;;
     *)
-      WHY="it failed by its own fault (code $code): $(printf '%s\n' "$@" | grep 'FAIL  ' | tail -n 1 | sed 's/.*FAIL  //' | cut -c1-300)"
+      WHY="it failed by its own fault${code:+ (code $code)}: $own"
       return 1
       ;;
   esac

@@ -145,7 +145,7 @@ def test_only_what_was_asked_for_is_checked(
         run(capsys, *CLUSTER, "--recipe", ALL[2], "--only", "1,modles")
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    assert "FAIL  --only 1,modles: modles is no check" in told and "next  ONLY=models" in told
+    assert "FAIL  --only 1,modles: modles is no check" in told and "next  ONLY=1,models\n" in told
 
 
 def test_what_is_wrong_is_said_again_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +244,18 @@ def test_a_registered_name_must_stand_for_a_function(monkeypatch: pytest.MonkeyP
     found = [f for f in preflight.check_registry([]) if f.verdict == FAIL]
     assert [f.subject for f in found] == ["trainer baseline-mtp"]
     assert "wmtp.objective:nothing, which is not defined there" in found[0].detail
+
+
+def test_an_algorithm_that_is_no_python_so_far_leaves_the_others_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_mine.py").write_text("def half(ce, mask, *, mix:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    more = registry.Registry("trainer", {**registry.trainer_registry, "half-wmtp": "of_mine:half"})
+    monkeypatch.setattr(registry, "trainer_registry", more)
+    found = {f.subject: f for f in preflight.check_registry([])}
+    assert [name for name, f in found.items() if f.verdict == FAIL] == ["trainer half-wmtp"]
+    assert "of_mine:half, which is not defined there" in found["trainer half-wmtp"].detail
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,13 @@ def test_the_markdown_has_the_same_facts_and_its_pictures_beside_it(folder: Path
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
 
 
+def test_what_an_older_image_called_a_failure_and_saved_is_none(folder: Path) -> None:
+    with (folder / "log.txt").open("a") as log:
+        log.write("startup   FAIL  training ended with 75 after 20 s: step 3 SIGTERM\nstartup   FAIL  no room\n")
+    told = [text for _, text, where in report.survived(report.Run(folder)) if where == "log.txt"]
+    assert told == ["warn a <tag> & 7 | 8", "FAIL no room"]
+
+
 def test_what_nobody_recorded_is_said_to_be_so(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     write(tmp_path / "r", "parts", {"began": 1.0}, {"ended": 3.0, "code": 13})

@@ -44,16 +44,16 @@ kills_before=$(memory_kills)
 CURE=''
 bundle() {
   local folder=${app:-}/logs/${RUN_NAME:-} limit line
+  local -a told
   [[ -n ${app:-} && -n ${RUN_NAME:-} && -d $folder ]] || return 0
   limit=$(memory_limit_gib) || limit=
   # `rc` is what the caller's child ended with.
   local -a words=(--code "$1" --said="${2:-}" --status "${rc:-$1}" --kills "$(($(memory_kills) - kills_before))")
   [[ -z $limit ]] || words+=(--limit-gib "$limit")
   [[ -z ${over_time:-} ]] || words+=(--hours)
-  while IFS= read -r line; do
-    case $line in
-      'next: '*) CURE=${line#next: } ;;
-      *) log startup "$line" ;;
-    esac
-  done < <(bounded 10 python -m wmtp.causes "$folder" "${words[@]}" </dev/null || true)
+  mapfile -t told < <(bounded 10 python -m wmtp.causes "$folder" "${words[@]}" </dev/null || true)
+  ((${#told[@]})) || return 0
+  # The last line is the command; a line of the paragraph may begin as that does.
+  if [[ ${told[-1]} == 'next: '* ]]; then CURE=${told[-1]#next: } && unset 'told[-1]'; fi
+  for line in "${told[@]}"; do log startup "$line"; done
 }

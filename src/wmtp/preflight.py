@@ -375,7 +375,9 @@ def check_registry(pairs: list[Pair]) -> Iterator[Finding]:
                 )
                 continue
             if table.definition(name) is None:
-                yield Finding(3, FAIL, f"{kind} {name}", f"stands for {table[name]}, which is not defined there")
+                yield Finding(
+                    3, FAIL, f"{kind} {name}", f"stands for {table[name]}, which is not defined there, or not in Python"
+                )
             elif kind == "trainer" and (why := unusable(name, keys)):
                 yield Finding(3, FAIL, f"{kind} {name}", why, f"change the keywords of {table[name]}")
             else:
@@ -637,7 +639,7 @@ def only_of(text: str) -> set[str]:
             near = difflib.get_close_matches(word, known, 1) or ["models"]
             say(f"dry run   FAIL  --only {text}: {word or 'an empty word'} is no check")
             say(f"          rule  a comma between checks; known are {', '.join(known)}")
-            say(f"          next  ONLY={near[0]}")
+            say(f"          next  ONLY={','.join(near[0] if w == word else w for w in text.split(','))}")
             sys.exit(2)
     return found
 

@@ -70,9 +70,9 @@ class Registry(Mapping[str, str]):
         module, _, target = self._entries[name].partition(":")
         try:
             spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # not even its package
+            body = ast.parse(Path(spec.origin).read_text("utf-8")).body if spec and spec.origin else []
+        except (ModuleNotFoundError, SyntaxError):  # not even its package, or at work
             return None
-        body = ast.parse(Path(spec.origin).read_text("utf-8")).body if spec and spec.origin else []
         found = (node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == target)
         return next(found, None)
 
