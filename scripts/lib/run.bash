@@ -3,7 +3,7 @@
 # launcher_logs, launcher_stop: what a stage says to a cluster goes through these.
 # shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
 
-NUMBER='' NAME='' RUN_DIR=''
+NUMBER='' NAME='' RUN_DIR='' LOCAL_RUN=''
 
 # is_live STATUS: whatever has not ended lives, also under a status that is new to us; no status is no answer.
 is_live() { [[ -n $1 && $1 != completed && $1 != failed && $1 != terminated ]]; }
@@ -50,8 +50,33 @@ local_records() {
   done | sort -rn
 }
 
-# find_run: the run that RUN_ID says (a name or a number), or the newest that this checkout submitted; sets NUMBER, NAME,
-# RUN_DIR, and opens its launcher.
+# local_state: STATUS and REASON of the run in LOCAL_RUN, in the words of its page.
+local_state() {
+  need_cmd python
+  IFS=$'\t' read -r STATUS REASON < <(python -c 'import pathlib, sys
+from wmtp import vitals
+folder = pathlib.Path(sys.argv[1])
+state = vitals.standing(vitals.read(folder.name, "local", record=folder))
+print(state.word, state.why, sep="\t")' "$LOCAL_RUN") || STATUS='not known' REASON=''
+}
+
+# not_submitted: ends a stage for which a run of this machine is none.
+not_submitted() {
+  local algo next="make monitor RUN_ID=$NAME, make logs RUN_ID=$NAME"
+  local_state
+  algo=$(sed -nE 's/^ *"algo": "([a-z0-9-]+)".*/\1/p; s/.*[{,] *"algo": "([a-z0-9-]+)".*/\1/p' "$LOCAL_RUN/facts.json" 2>/dev/null | head -n 1 || true)
+  case $STATUS in
+    completed) ;;
+    running) next+='; Ctrl-C where it runs ends it, saved' ;;
+    *) next+="; to go on: make $([[ $LOCAL_RUN == */minitest/app/* ]] && echo minitest || echo train)${algo:+ ALGO=$algo} RUN_NAME=$NAME" ;;
+  esac
+  die 2 "$NAME is a run of this machine: $STATUS${REASON:+, $REASON}" \
+    'it begins and ends with its command; a run that was submitted is stopped, resumed and watched' "$next"
+}
+
+# find_run [here]: the run that RUN_ID says (a name or a number), or the newest that this checkout submitted; sets NUMBER, NAME,
+# RUN_DIR, and opens its launcher. Where none was submitted, it is one of this machine: with `here` LOCAL_RUN is the folder of
+# its record, without it that is refused.
 find_run() {
   local wanted=${RUN_ID:-} file launcher=${LAUNCHER:-}
   local -a files=()
@@ -69,12 +94,9 @@ find_run() {
     [[ ! -f $RUN_DIR/run.env ]] || launcher=docker
   fi
   if [[ -z $NUMBER && ${launcher:-local} == local ]] && IFS=$'\t' read -r _ file < <(local_records "$wanted"); then
-    local name=${file##*/} code algo
-    code=$(sed -nE 's/.*"code": ([0-9]+).*/\1/p' "$file/exit.json" 2>/dev/null || true)
-    algo=$(sed -nE 's/^ *"algo": "([a-z0-9-]+)".*/\1/p; s/.*[{,] *"algo": "([a-z0-9-]+)".*/\1/p' "$file/facts.json" 2>/dev/null | head -n 1 || true)
-    case $code in '') code='it runs, or was killed' ;; 0) code=completed ;; 75) code='stopped, saved' ;; *) code="failed (code $code)" ;; esac
-    die 2 "$name is a run of this machine: $code" 'it begins and ends with its command; a run that was submitted has a status and an end of its own' \
-      "make monitor RUN_ID=$name; its log: ${file#"$ROOT/"}/log.txt; on: make $([[ $file == */minitest/app/* ]] && echo minitest || echo train)${algo:+ ALGO=$algo} RUN_NAME=$name"
+    LOCAL_RUN=$file NAME=${file##*/}
+    [[ ${1:-} == here ]] || not_submitted
+    return 0
   fi
   use_launcher "${launcher:-vessl}"
   if [[ -z $NUMBER ]]; then
