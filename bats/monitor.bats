@@ -210,10 +210,29 @@ PY
 @test "compare: two runs or more are named; a name that nobody knows is told those that there are" {
   record "$tree/build/minitest/app/logs/own-run" 12 0
   run -2 --separate-stderr "$tree/scripts/report.sh" --compare
-  [[ $stderr == *'RUNS is not set'* ]]
+  [[ $stderr == 'compare   FAIL  RUNS is not set'*'make compare RUNS="a b"; here: own-run' ]]
+  RUNS=own-run run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run"'*'here: own-run' ]]
+  local key=${AWS_ACCESS_KEY_ID:-}
   unset AWS_ACCESS_KEY_ID
   RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/report.sh"
-  [[ $stderr == *'own-rnu: no such run'*'here: own-run'* ]]
+  [[ $stderr == 'report    FAIL  RUN_ID=own-rnu: no such run'*'here: own-run'* ]]
+  RUNS='own-run own-rnu' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run own-rnu": no run own-rnu'*'here: own-run'* && $stderr != *RUN_ID* && ${#stderr_lines[@]} == 3 ]]
+  RUNS='own-run ../x' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run ../x": no run ../x'*'named by its name or number'* && $stderr != *RUN_ID* ]]
+  need_bucket
+  export AWS_ACCESS_KEY_ID=$key
+  RUNS='own-run own-rnu' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run own-rnu": no run own-rnu'*'has no record of it'*'here: own-run'* && $stderr != *RUN_ID* ]]
+  # Where a launcher is asked, and does not know it.
+  mkdir "$work/bin"
+  printf '#!/bin/sh\n' >"$work/bin/docker"
+  chmod +x "$work/bin/docker"
+  PATH="$work/bin:$PATH" LAUNCHER=docker RUNS='own-rnu own-run' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-rnu own-run": no run own-rnu'*'neither this checkout nor '*'here: own-run' ]]
+  PATH="$work/bin:$PATH" LAUNCHER=docker RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/status.sh"
+  [[ $stderr == 'status    FAIL  RUN_ID=own-rnu: no such run'*'here: own-run' ]]
 }
 
 @test "report: its page lies in a folder of the run, whatever the run is called" {

@@ -1,7 +1,7 @@
 # One run by its name: its folder, its number. To be sourced after common.bash, settings.bash.
 # A launcher is a file launcher_NAME.bash with launcher_open, launcher_check, launcher_runs, launcher_create, launcher_read,
 # launcher_logs, launcher_stop: what a stage says to a cluster goes through these.
-# shellcheck shell=bash disable=SC2034  # what it sets is read by the script that sources it
+# shellcheck shell=bash disable=SC2034,SC2153  # what it sets and reads is shared with the script that sources it
 
 NUMBER='' NAME='' RUN_DIR='' LOCAL_RUN=''
 
@@ -50,6 +50,19 @@ local_records() {
   done | sort -rn
 }
 
+# known_runs: names of the newest runs of this checkout, of whichever ENV.
+known_runs() {
+  { ENV='' local_records | cut -f2 && find "$ROOT"/build -mindepth 3 -maxdepth 3 -name run.id -printf '%h\n' 2>/dev/null; } | sed 's#.*/##' |
+    awk '!seen[$0]++' | head -n 5 | paste -sd ' ' | grep . || printf 'none\n'
+}
+
+# no_run RULE [MORE]: ends the stage, with what named the run (make compare: RUNS), and the runs that there are.
+no_run() {
+  local named="RUN_ID=${RUN_ID:-}: no such run"
+  [[ $STAGE != compare ]] || named="RUNS=\"$RUNS\": no run ${RUN_ID:-}"
+  die 2 "$named" "$1" "here: $(known_runs)${2:-}"
+}
+
 # local_state: STATUS and REASON of the run in LOCAL_RUN, in the words of its page.
 local_state() {
   need_cmd python
@@ -81,7 +94,7 @@ find_run() {
   local wanted=${RUN_ID:-} file launcher=${LAUNCHER:-}
   local -a files=()
   mapfile -t files < <(cd "$ROOT" && { ls -t build/*/*/run.id 2>/dev/null || true; })
-  [[ -z $wanted || $wanted =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || die 2 "RUN_ID=$wanted" 'a run is named by its name or number' 'make status'
+  [[ -z $wanted || $wanted =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || no_run 'a run is named by its name or number'
   for file in "${files[@]}"; do
     [[ $file != */latest/run.id && (-z ${ENV:-} || $file == "build/$ENV/"*) ]] || continue
     NUMBER=$(<"$ROOT/$file") RUN_DIR=$ROOT/${file%/run.id}
@@ -105,7 +118,7 @@ find_run() {
     local runs
     runs=$(launcher_runs)
     read -r NUMBER NAME _ <<<"$(awk -v w="$wanted" '$1 == w || $2 == w {print; exit}' <<<"$runs")" || true
-    [[ -n $NUMBER ]] || die 2 "RUN_ID=$wanted: no such run" "neither this checkout nor $(launcher_name) knows it" 'make status without RUN_ID shows the newest'
+    [[ -n $NUMBER ]] || no_run "neither this checkout nor $(launcher_name) knows it"
     file=$(compgen -G "$ROOT/build/${ENV:-*}/$NAME" | head -n 1 || true) # elsewhere submitted, or its number was lost
     RUN_DIR=${file:-}
   else
