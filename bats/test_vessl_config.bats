@@ -145,3 +145,17 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   [[ $stderr == *'4/6       submit '*'5/6       follow    would follow'*'6/6       report    would follow'*'nothing was changed'*': 96 GPU-hours'* ]]
   [[ $stderr == *'@sha256:0000'*'0 (placeholder: '* ]]
 }
+
+@test "SET: spaces around = are one finding, with the pairs as they should be" {
+  local given
+  for given in 'optim.lr = 0.1' 'optim.lr= 0.1' 'optim.lr =0.1'; do
+    SET="seed=7 $given train.max_steps=5" run -2 --separate-stderr dryrun
+    [[ ${#stderr_lines[@]} == 3 && ${stderr_lines[0]} == *"FAIL  SET=\"seed=7 $given train.max_steps=5\"" ]]
+    [[ ${stderr_lines[1]} == *'no spaces around ='* && ${stderr_lines[2]} == *'next  SET="seed=7 optim.lr=0.1 train.max_steps=5"' ]]
+  done
+  # A word that is no pair, and an empty value, are the settings' own findings.
+  SET='optim.lr' run -2 --separate-stderr dryrun
+  [[ $stderr == *'is no override'* ]]
+  SET='project= seed=7' ALGO=critic-wmtp run -2 --separate-stderr dryrun
+  [[ $stderr != *'no spaces'* ]]
+}
