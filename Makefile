@@ -24,9 +24,10 @@ SETTINGS := $(VARIABLES) $(MORE) CI NO_COLOR TMPDIR SHELL MAKEFLAGS %_TOKEN %_pr
 SETTINGS += COLUMNS HOME LANG PATH TERM TZ REQUESTS_CA_BUNDLE TORCH_LOGS BUILDKIT_% CUDA_% GIT_% GLOO_% NCCL_% PYTORCH_% SSL_CERT_% TORCHDYNAMO_% \
   TORCHINDUCTOR_% TORCH_NCCL_% TRITON_% XDG_%
 override STRANGE := $(filter-out $(SETTINGS),$(foreach 1,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(1)))),$(1))))
-override MEANT = $(shell python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' \
-  '$(subst ','\'',$(1))' $(VARIABLES) $(MORE) 2>/dev/null)
-$(foreach 1,$(firstword $(STRANGE)),$(foreach 2,$(or $(MEANT),-),$(error $(1)=$($(1)): not known. \
+# Of the words in 2 the one that is nearest to 1.
+override MEANT = $(shell python3 -c 'import difflib, sys; words = {word.lower(): word for word in sys.argv[2:]}; \
+  print(*map(words.get, difflib.get_close_matches(sys.argv[1].lower(), words, 1)))' '$(subst ','\'',$(1))' $(2) 2>/dev/null)
+$(foreach 1,$(firstword $(STRANGE)),$(foreach 2,$(or $(call MEANT,$(1),$(VARIABLES) $(MORE)),-),$(error $(1)=$($(1)): not known. \
   rule: a variable that no command reads changes nothing; next: $(if $(filter -,$(2)),make help,$(2)=$($(1))))))
 
 # By content, not by time: a checkout's files may be older than an environment that lacks what they ask for. By its place,
@@ -174,3 +175,8 @@ bench: $(STAMP) ##- long: the loss and the algorithms against their peers
 .PHONY: clean
 clean: ##- remove build/ and the generated test models; .venv stays
 	@scripts/clean.sh
+
+# What is no target and no file.
+.DEFAULT:
+	$(error $@: no such target. rule: a target is a stage; \
+	  next: $(foreach 1,$(call MEANT,$@,$(shell sed -nE 's/^([a-z-]+):.*##.*/\1/p' Makefile)),make $(1); all: )make help)

@@ -72,6 +72,15 @@ setup() {
   run -0 --separate-stderr make -C "$repo" -n train CUDA_LAUNCH_BLOCKING=1 NCCL_DEBUG=INFO LANG=C COLUMNS=80
 }
 
+@test "make: a target that there is not is told, with the one that was meant" {
+  run -2 --separate-stderr make --no-print-directory -C "$repo" minitset
+  [[ $stderr == *'minitset: no such target'*'next: make minitest; all: make help.  Stop.' && -z $output && ${#stderr_lines[@]} == 1 ]]
+  run -2 --separate-stderr make --no-print-directory -C "$repo" -n "Verify'Model"
+  [[ $stderr == *'next: make verify-models; all: make help.  Stop.' && $stderr != *EOF* ]]
+  run -2 --separate-stderr make --no-print-directory -C "$repo" qqq
+  [[ $stderr == *'qqq: no such target'*'next: make help.  Stop.' ]]
+}
+
 @test "scripts: --help tells and does nothing" {
   local tree="$work/a tree" script
   mkdir -p "$tree/build"

@@ -43,3 +43,21 @@ models() { "$repo/scripts/models.sh" "$@"; }
 @test "models: 2 when an option is not known" {
   run -2 --separate-stderr models --all
 }
+
+@test "models: without credentials a mini-test's bucket is named where this checkout has one" {
+  local tree="$work/a tree"
+  mkdir -p "$tree"
+  cp -r "$repo"/{scripts,src} "$tree/"
+  ln -s "$repo/.venv" "$tree/.venv"
+  unset AWS_ACCESS_KEY_ID AWS_PROFILE
+  run -3 --separate-stderr "$tree/scripts/models.sh"
+  [[ $stderr == *'AWS_ACCESS_KEY_ID is not set'*'then again' ]]
+  mkdir -p "$tree/build/bucket/data"
+  run -3 --separate-stderr "$tree/scripts/models.sh"
+  [[ $stderr == *'then again' ]] # of the bucket that S3_ENDPOINT_URL names
+  unset S3_ENDPOINT_URL
+  run -3 --separate-stderr "$tree/scripts/models.sh"
+  [[ $stderr == *'then again; with the mini-test'*'scripts/bucket.sh run build/bucket -- make models' && ${#stderr_lines[@]} == 3 ]]
+  AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY='' run -3 --separate-stderr "$tree/scripts/sync_models.sh" --model x
+  [[ $stderr == *'AWS_SECRET_ACCESS_KEY is not set'*'-- make '* ]]
+}

@@ -134,17 +134,55 @@ PY
   [[ $stderr == *"can't be read"* ]]
 }
 
-@test "status, logs, stop, resume, watch: a run of this machine has none of its own, and no account is asked for" {
+@test "stop, resume, watch: a run of this machine has none of them; how it goes on is told where it has not completed" {
   record "$tree/build/minitest/app/logs/own-run" 12 0
   local stage
-  for stage in status logs stop resume watch; do
+  for stage in stop resume watch; do
     RUN_ID=own-run run -2 --separate-stderr "$tree/scripts/$stage.sh"
-    [[ $stderr == *'own-run is a run of this machine'*'make monitor RUN_ID=own-run'* && $stderr != *TOKEN* ]]
+    [[ $stderr == *'own-run is a run of this machine: completed'*'make monitor RUN_ID=own-run'* && $stderr != *TOKEN* && $stderr != *'go on'* ]]
   done
-  run -2 --separate-stderr "$tree/scripts/status.sh"
-  [[ $stderr == *'own-run is a run of this machine'* ]]
+  record "$tree/build/minitest/app/logs/own-run" 5 20
+  run -2 --separate-stderr "$tree/scripts/stop.sh"
+  [[ $stderr == *'own-run is a run of this machine: failed, code 20, '*'; to go on: make minitest ALGO=critic-wmtp RUN_NAME=own-run' && ${#stderr_lines[@]} == 3 ]]
+  rm -r "$tree/build/minitest/app/logs/own-run"
+  record "$tree/build/test/app/logs/own-run" 5
+  run -2 --separate-stderr "$tree/scripts/stop.sh"
+  [[ $stderr == *'own-run is a run of this machine: running'*'Ctrl-C where it runs'* && $stderr != *'to go on'* ]]
+  RUN_ID=another run -3 --separate-stderr "$tree/scripts/stop.sh"
+  [[ $stderr == *'VESSL_ACCESS_TOKEN is not set'* ]]
+}
+
+@test "status: of a run of this machine its state, whatever that is, and no account is asked for" {
+  local logs="$tree/build/minitest/app/logs"
+  record "$logs/failed-run" 4 20
+  record "$logs/killed-run" 4
+  touch -d '10 minutes ago' "$logs"/killed-run/*
+  record "$logs/own-run" 12 0
+  run -0 --separate-stderr "$tree/scripts/status.sh"
+  [[ $output == $'local\town-run\tcompleted\t' && -z $stderr ]]
+  RUN_ID=failed-run run -0 --separate-stderr "$tree/scripts/status.sh"
+  [[ $output == $'local\tfailed-run\tfailed\tcode 20, numerics at step 4: loss nan' ]]
+  RUN_ID=killed-run run -0 --separate-stderr "$tree/scripts/status.sh"
+  [[ $output == $'local\tkilled-run\tended without a word\tit was killed'* ]]
+  LAUNCHER=local RUN_ID=own-run run -0 --separate-stderr "$tree/scripts/status.sh"
+  LAUNCHER=vessl RUN_ID=own-run run -3 --separate-stderr "$tree/scripts/status.sh"
   RUN_ID=another run -3 --separate-stderr "$tree/scripts/status.sh"
   [[ $stderr == *'VESSL_ACCESS_TOKEN is not set'* ]]
+}
+
+@test "logs: of a run of this machine its last lines; to follow it there is the page" {
+  local folder="$tree/build/minitest/app/logs/own-run"
+  record "$folder" 12 0
+  printf 'line %d\n' {1..300} >"$folder/log.txt"
+  run -0 --separate-stderr "$tree/scripts/logs.sh"
+  [[ ${#lines[@]} == 200 && ${lines[0]} == 'line 101' && ${lines[-1]} == 'line 300' && -z $stderr ]]
+  TAIL=2 RUN_ID=own-run run -0 --separate-stderr "$tree/scripts/logs.sh"
+  [[ $output == $'line 299\nline 300' ]]
+  FOLLOW=1 run -2 --separate-stderr "$tree/scripts/logs.sh"
+  [[ -z $output && $stderr == *'own-run is a run of this machine'*'make monitor RUN_ID=own-run FOLLOW=1' && ${#stderr_lines[@]} == 3 ]]
+  rm "$folder/log.txt"
+  run -0 --separate-stderr "$tree/scripts/logs.sh"
+  [[ -z $output && $stderr == *'own-run'*'is completed; it has written nothing so far' ]]
 }
 
 @test "watch: last words are read wherever they stand, also those of older images; a stage that could not begin failed by itself" {
@@ -172,10 +210,29 @@ PY
 @test "compare: two runs or more are named; a name that nobody knows is told those that there are" {
   record "$tree/build/minitest/app/logs/own-run" 12 0
   run -2 --separate-stderr "$tree/scripts/report.sh" --compare
-  [[ $stderr == *'RUNS is not set'* ]]
+  [[ $stderr == 'compare   FAIL  RUNS is not set'*'make compare RUNS="a b"; here: own-run' ]]
+  RUNS=own-run run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run"'*'here: own-run' ]]
+  local key=${AWS_ACCESS_KEY_ID:-}
   unset AWS_ACCESS_KEY_ID
   RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/report.sh"
-  [[ $stderr == *'own-rnu: no such run'*'here: own-run'* ]]
+  [[ $stderr == 'report    FAIL  RUN_ID=own-rnu: no such run'*'here: own-run'* ]]
+  RUNS='own-run own-rnu' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run own-rnu": no run own-rnu'*'here: own-run'* && $stderr != *RUN_ID* && ${#stderr_lines[@]} == 3 ]]
+  RUNS='own-run ../x' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run ../x": no run ../x'*'named by its name or number'* && $stderr != *RUN_ID* ]]
+  need_bucket
+  export AWS_ACCESS_KEY_ID=$key
+  RUNS='own-run own-rnu' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-run own-rnu": no run own-rnu'*'has no record of it'*'here: own-run'* && $stderr != *RUN_ID* ]]
+  # Where a launcher is asked, and does not know it.
+  mkdir "$work/bin"
+  printf '#!/bin/sh\n' >"$work/bin/docker"
+  chmod +x "$work/bin/docker"
+  PATH="$work/bin:$PATH" LAUNCHER=docker RUNS='own-rnu own-run' run -2 --separate-stderr "$tree/scripts/report.sh" --compare
+  [[ $stderr == 'compare   FAIL  RUNS="own-rnu own-run": no run own-rnu'*'neither this checkout nor '*'here: own-run' ]]
+  PATH="$work/bin:$PATH" LAUNCHER=docker RUN_ID=own-rnu run -2 --separate-stderr "$tree/scripts/status.sh"
+  [[ $stderr == 'status    FAIL  RUN_ID=own-rnu: no such run'*'here: own-run' ]]
 }
 
 @test "report: its page lies in a folder of the run, whatever the run is called" {

@@ -130,3 +130,32 @@ dryrun() { "$repo/scripts/test_vessl_config.sh" "$@"; }
   ONLY=modles ENV=production ALGO=critic-wmtp run -0 --separate-stderr rehearsed_dry_run
   [[ $stderr == *'would refuse: the dry run ended with 2: 1 FAIL'* && $stderr == *'next  ONLY=models'* ]]
 }
+
+@test "deploy: a rehearsal tells all six stages, and that its digest is a placeholder" {
+  local tree="$BATS_TEST_TMPDIR/a tree"
+  mkdir -p "$tree/tests"
+  cp -r "$repo"/{scripts,docker,configs,datasets,src,requirements,Dockerfile} "$tree/"
+  cp -r "$repo/tests/configs" "$tree/tests/"
+  ln -s "$repo/.venv" "$tree/.venv"
+  git -C "$tree" init -q
+  git -C "$tree" -c user.name=t -c user.email=t@t commit -q --allow-empty -m tree
+  unset VESSL_ACCESS_TOKEN REGISTRY_TOKEN
+  DOCKER_HOST=unix:///nowhere ENV=production ALGO=critic-wmtp WMTP_REVISION=abcdef0 ONLY=1 DRY_RUN=1 run -0 --separate-stderr "$tree/scripts/deploy.sh"
+  [[ -z $output && $(grep -cE '^[1-6]/6 ' <<<"$stderr") == 6 ]]
+  [[ $stderr == *'4/6       submit '*'5/6       follow    would follow'*'6/6       report    would follow'*'nothing was changed'*': 96 GPU-hours'* ]]
+  [[ $stderr == *'@sha256:0000'*'0 (placeholder: '* ]]
+}
+
+@test "SET: spaces around = are one finding, with the pairs as they should be" {
+  local given
+  for given in 'optim.lr = 0.1' 'optim.lr= 0.1' 'optim.lr =0.1'; do
+    SET="seed=7 $given train.max_steps=5" run -2 --separate-stderr dryrun
+    [[ ${#stderr_lines[@]} == 3 && ${stderr_lines[0]} == *"FAIL  SET=\"seed=7 $given train.max_steps=5\"" ]]
+    [[ ${stderr_lines[1]} == *'no spaces around ='* && ${stderr_lines[2]} == *'next  SET="seed=7 optim.lr=0.1 train.max_steps=5"' ]]
+  done
+  # A word that is no pair, and an empty value, are the settings' own findings.
+  SET='optim.lr' run -2 --separate-stderr dryrun
+  [[ $stderr == *'is no override'* ]]
+  SET='project= seed=7' ALGO=critic-wmtp run -2 --separate-stderr dryrun
+  [[ $stderr != *'no spaces'* ]]
+}

@@ -161,3 +161,20 @@ nothing_left() { [[ -z $(ls -A "$TMPDIR") ]]; }
   AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=y AWS_ENDPOINT_URL=http://127.0.0.1:9 S3_ENDPOINT_URL='' run --separate-stderr "$tree/scripts/verify_checkpoint.sh"
   [[ $status != 0 && $stderr != *'bucket '*'answers; data in'* ]]
 }
+
+@test "verify-checkpoint: without RUN_ID the newest run, also one of this machine, and no account is asked for" {
+  local tree="$work/a tree" name=$RUN_ID
+  mkdir -p "$tree"
+  cp -r "$repo"/{scripts,src,configs} "$tree/"
+  ln -s "$repo/.venv" "$tree/.venv"
+  at=s3://wmtp/checkpoints/$name
+  unset S3_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY S3_BUCKET_NAME RUN_ID ENV WMTP_APP_ROOT VESSL_ACCESS_TOKEN
+  export -f upload
+  export saved repo at
+  "$tree/scripts/bucket.sh" run "$tree/build/bucket" -- bash -c 'upload 4'
+  mkdir -p "$tree/build/minitest/app/logs/$name"
+  echo '{}' >"$tree/build/minitest/app/logs/$name/facts.json"
+  run -0 --separate-stderr "$tree/scripts/verify_checkpoint.sh"
+  [[ $output == '{"run": "'$name'", "step": 4, '* ]]
+  nothing_left
+}

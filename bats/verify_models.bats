@@ -34,10 +34,20 @@ digest() { cut -f 2 "$work/published" | grep -oE '^[0-9a-f]{64}$'; }
   "$real" rm "s3://$S3_BUCKET_NAME/models/$other/weights.bin" >/dev/null
   make_model
   publish
-  run -13 --separate-stderr verify "$first" "$other" nobodys "models/$name"
+  run -13 --separate-stderr verify "$first" "$other" "models/$name"
   [[ ${lines[0]} == "models/$first"$'\tdamaged\t'* && ${lines[1]} == "models/$other"$'\tdamaged\t'* ]]
-  [[ ${lines[2]} == $'models/nobodys\tdamaged\t-\t-' && ${lines[3]} == "models/$name"$'\tok\t'"$(digest)"$'\t300003' ]]
-  [[ $stderr == *'weights.bin arrived with another content'*'3 of 4 are damaged'* ]]
+  [[ ${lines[2]} == "models/$name"$'\tok\t'"$(digest)"$'\t300003' ]]
+  [[ $stderr == *'weights.bin arrived with another content'*'2 of 3 are damaged'* ]]
+}
+
+@test "verify: 2 and what there is when a name is not published, before anything is looked at" {
+  make_model
+  publish
+  echo 12345 | put "$name-raw/weights.bin"
+  run -2 --separate-stderr verify "$name" "$name-raw" nobodys
+  [[ -z $output && $stderr == *"FAIL  not published: models/$name-raw models/nobodys"*'there are: '*"models/$name"* && $stderr != *'FORCE=1'* ]]
+  [[ $stderr != *"models/$name: "* ]]
+  "$real" rm "s3://$S3_BUCKET_NAME/models/$name-raw/*" >/dev/null
 }
 
 @test "verify: the new version is looked at when a model is replaced meanwhile" {

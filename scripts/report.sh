@@ -50,8 +50,9 @@ record_of() {
 main() {
   local run out
   local -a records=()
+  if [[ ${1:-} == --compare || -n ${RUNS:-} ]]; then STAGE=compare; fi
   if [[ ${1:-} == --compare ]]; then
-    [[ -n ${RUNS:-} ]] || die 2 'RUNS is not set' 'two runs or more are compared' 'make compare RUNS="a b"'
+    [[ -n ${RUNS:-} ]] || die 2 'RUNS is not set' 'two runs or more are compared' "make compare RUNS=\"a b\"; here: $(known_runs)"
     shift
   fi
   no_arguments "${BASH_SOURCE[0]}" "$@"
@@ -62,7 +63,7 @@ main() {
   if [[ -n ${RUNS:-} ]]; then
     local -a named=()
     read -ra named <<<"$RUNS"
-    ((${#named[@]} > 1)) || die 2 "RUNS=$RUNS" 'two runs or more are compared' 'make compare RUNS="a b"'
+    ((${#named[@]} > 1)) || die 2 "RUNS=\"$RUNS\"" 'two runs or more are compared' "make compare RUNS=\"a b\"; here: $(known_runs)"
     for run in "${named[@]}"; do
       record_of "$run"
       records+=("$RECORD")

@@ -81,7 +81,7 @@ main() {
     refuse 2 'the run file can'"'"'t be made (lines above)'
     return 0
   fi
-  sed 's/^/submit    /' "$RUN_DIR/.summary.$$" >&2
+  sed -E 's/@sha256:0{64}/& (placeholder: a push makes the digest)/; s/^/submit    /' "$RUN_DIR/.summary.$$" >&2
   rm -f -- "$RUN_DIR/.summary.$$"
   launcher_open
   if [[ ${DRY_RUN:-} == 1 ]]; then

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Usage: RUN_ID=name or number [STEP=N] scripts/verify_checkpoint.sh [--keep DIR]
+# Usage: [RUN_ID=name or number] [STEP=N] scripts/verify_checkpoint.sh [--keep DIR]
 # The restore drill: the newest whole checkpoint of a run (or that of STEP) comes from the bucket to a temporary folder, every
 # file is proved by its manifest, every tensor is read. Nothing of the run is touched. --keep DIR: it stays, as DIR/step-N.
+# Without RUN_ID it is the run that make status shows.
 # The bucket and the place in it are those of the configuration that ENV and LAUNCHER choose (ENV: default from the name).
 # Settings: S3_BUCKET_NAME S3_ENDPOINT_URL AWS_* TMPDIR WMTP_STORAGE_RETRIES WMTP_STORAGE_RETRY_WAIT_S WMTP_STORAGE_STALL_S
 # Standard output: one line of JSON (run, step, files, bytes, tensors, not_finite, seconds).
@@ -26,7 +27,7 @@ BASE='' PLACE=''
 
 # A name is a folder in the bucket, whoever submitted the run; a number, and nothing, is looked up as by make status.
 choose_run() {
-  if [[ ${RUN_ID:-} =~ ^[0-9]*$ ]]; then find_run; else NAME=$RUN_ID; fi
+  if [[ ${RUN_ID:-} =~ ^[0-9]*$ ]]; then find_run here; else NAME=$RUN_ID; fi
   # The launcher has a trap of its own, for its own.
   trap 'cleanup; rm -rf -- "${CLIENT_HOME:-$TEMP}"' EXIT
   [[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || die 2 "RUN_ID=$NAME" 'a run is named by its name or number' 'make status'

@@ -4,9 +4,10 @@
 # object is brought through TMPDIR, proved by its manifest and removed at once. Objects that no manifest names are told.
 # --from DIR: the folders of synced models in it (such as /app/models), each against its own manifest.json.
 # Environment: S3_BUCKET_NAME S3_ENDPOINT_URL AWS_* TMPDIR WMTP_STORAGE_RETRIES WMTP_STORAGE_RETRY_WAIT_S WMTP_STORAGE_STALL_S
-# Standard output: NAME<TAB>ok|damaged<TAB>digest<TAB>bytes, one line a model; all of them are looked at.
-# Exit codes: 0 all right, 2 bad arguments, 3 tool or credential, 10 disk, 11 no answer, 12 transfer failed after its tries,
-#   13 one is damaged, refused or not published.
+# Standard output: NAME<TAB>ok|damaged<TAB>digest<TAB>bytes, one line a model; all of them are looked at, or, where a name is
+#   not published, none.
+# Exit codes: 0 all right, 2 bad arguments or a name that is not published, 3 tool or credential, 10 disk, 11 no answer,
+#   12 transfer failed after its tries, 13 one is damaged or refused.
 set -Eeuo pipefail
 shopt -s inherit_errexit
 STAGE=verify
@@ -34,11 +35,22 @@ republished() {
   ! cmp -s "$TEMP/now" "$TEMP/$1.json"
 }
 
+# need_published models/NAME…: a name that was mistyped is no damage, and no reason to publish anything again.
+need_published() {
+  local name
+  local -a there=() lacking=()
+  mapfile -t there < <(published_names)
+  for name in "$@"; do [[ " ${there[*]} " == *" $name "* ]] || lacking+=("$name"); done
+  ((${#lacking[@]} == 0)) || die 2 "not published: ${lacking[*]}" "a name of what is published; there are: ${there[*]:-none}" 'make models'
+}
+
+published_names() { (cd "$TEMP" && find models datasets -name '*.json' | sed 's/\.json$//' | sort); }
+
 # in_bucket models/NAME
 in_bucket() {
   local name=$1 rc=0 free digest bytes files began=$SECONDS
   local -a look=()
-  [[ -s $TEMP/$name.json ]] || { log verify "$name is not published" && row "$name" damaged - - && return; }
+  [[ -s $TEMP/$name.json ]] || { log verify "$name: its manifest is empty, or can't be read" && row "$name" damaged - - && return; }
   free=$(free_bytes "$TEMP")
   python -m wmtp.published "$TEMP/objects" "$TEMP" --one "$name" --free "$free" >"$TEMP/look" || { row "$name" damaged - - && return; }
   mapfile -t look <"$TEMP/look"
@@ -121,12 +133,11 @@ main() {
     log verify "what is published in s3://$S3_BUCKET_NAME${S3_ENDPOINT_URL:+ at $S3_ENDPOINT_URL}"
     list_published "$TEMP/objects"
     fetch_published "$TEMP/objects" "$TEMP"
-    if ((${#names[@]} == 0)); then mapfile -t names < <(cd "$TEMP" && find models datasets -name '*.json' | sed 's/\.json$//' | sort); fi
+    for file in "${!names[@]}"; do [[ ${names[file]} == */* ]] || names[file]=models/${names[file]}; done
+    need_published "${names[@]}"
+    if ((${#names[@]} == 0)); then mapfile -t names < <(published_names); fi
     ((${#names[@]})) || log verify 'nothing is published'
-    for name in "${names[@]}"; do
-      [[ $name == */* ]] || name=models/$name
-      in_bucket "$name"
-    done
+    for name in "${names[@]}"; do in_bucket "$name"; done
   fi
   ((DAMAGED == 0)) || die 13 "$DAMAGED of ${#names[@]} are damaged" 'every byte is as its manifest says' \
     "$([[ -n $from ]] && echo 'make sync brings them again' || echo 'publish them again: make publish-models FROM=… NAMES=… FORCE=1')"

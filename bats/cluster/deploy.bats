@@ -107,7 +107,7 @@ deploy() { "$tree/scripts/deploy.sh" "$@" </dev/null; }
   [[ $stderr == *"would run: 'docker' 'build'"*"would run: 'docker' 'push'"*'vessl run create -f '* ]]
   [[ $stderr == *'would refuse: 1 files are not committed'* && $stderr == *'would refuse: the container engine does not answer'* ]]
   [[ $stderr == *'would refuse: VESSL_ACCESS_TOKEN is not set'* && $stderr == *'models llama-7b-mtp, starling-rm-7b: 53.0 GB'* ]]
-  [[ $stderr == *'2/6       build     refuses'*'3/6       push      refuses'*'4/6       submit    refuses'*'nothing was changed'*': 96 GPU-hours'* ]]
+  [[ $stderr == *'2/6       build     refuses'*'3/6       push      refuses'*'4/6       submit    refuses'*'5/6       follow    would follow'*'6/6       report    would follow'*'nothing was changed'*': 96 GPU-hours'* ]]
   [[ $stderr == *'what would refuse it ('*'- VESSL_ACCESS_TOKEN is not set'*'- the container engine does not answer'*'To do it: make deploy'* ]]
   [[ $(grep -c -- '- the container engine does not answer' <<<"$stderr") == 1 && $stderr != *unbound* ]]
   [[ ! -e $stub/requests.log && $(runs) == 0 ]]

@@ -49,12 +49,12 @@ filled() {
   ((${#value_of}))
 }
 
-# need_env NAME…: each is set and not empty; the value is never shown.
+# need_env NAME…: each is set and not empty; the value is never shown. INSTEAD ends the cure.
 need_env() {
   local name
   for name in "$@"; do
     filled "$name" ||
-      die 3 "$name is not set" 'the environment carries what the repository may not' "export $name=…, then again"
+      die 3 "$name is not set" 'the environment carries what the repository may not' "export $name=…, then again${INSTEAD:-}"
   done
 }
 

@@ -53,7 +53,9 @@ rehearsed() {
   { read -r gpus && read -r kind && read -r hours; } < <(python -m wmtp.config "${SETTINGS[@]}" "${OVERRIDES[@]}" --env "$ENV" \
     --get launcher.resources.gpus launcher.resources.gpu_type launcher.max_hours)
   hours=${MAX_HOURS:-$hours}
-  log deploy "nothing was changed; would then follow the run to its tenth step, on $gpus x ${kind:-no GPU}, $(
+  log "5/${#STAGES[@]}" 'follow    would follow: the log to its tenth step'
+  log "6/${#STAGES[@]}" "report    would follow: ${RUN_DIR#"$ROOT/"}/report.md"
+  log deploy "nothing was changed; the run would be on $gpus x ${kind:-no GPU}, $(
     if [[ -n $hours ]]; then awk -v g="$gpus" -v h="$hours" 'BEGIN {printf "for %g h at most: %g GPU-hours", h, g * h}'; else printf 'without a limit (MAX_HOURS=…)'; fi
   )"
   if [[ -s $WMTP_REFUSED ]]; then

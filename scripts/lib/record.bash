@@ -4,12 +4,6 @@
 
 RECORD='' KIND='' BUCKET=0 PAGE=()
 
-# known_runs: names of the newest runs of this checkout.
-known_runs() {
-  { local_records | cut -f2 && find "$ROOT"/build -mindepth 3 -maxdepth 3 -name run.id -printf '%h\n' 2>/dev/null; } | sed 's#.*/##' |
-    awk '!seen[$0]++' | head -n 5 | paste -sd ' ' | grep . || printf 'none\n'
-}
-
 # record_place NAME: BASE, the folder of all runs' checkpoints in the bucket, and the client; 1 where there is no bucket.
 BASE=''
 record_place() {
@@ -55,7 +49,7 @@ fetch_record() {
 on_this_machine() {
   local at submitted
   [[ ${LAUNCHER:-local} == local ]] || return 1
-  [[ -z ${RUN_ID:-} || $RUN_ID =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || die 2 "RUN_ID=$RUN_ID" 'a run is named by its name or number' 'make status'
+  [[ -z ${RUN_ID:-} || $RUN_ID =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$ ]] || no_run 'a run is named by its name or number'
   IFS=$'\t' read -r at RECORD < <(local_records "${RUN_ID:-}") || return 1
   submitted=$(find build -mindepth 3 -maxdepth 3 -path "build/${ENV:-*}/${RUN_ID:-*}/run.id" -printf '%T@\n' 2>/dev/null |
     sort -rn | head -n 1 || true)
@@ -73,15 +67,15 @@ in_the_bucket() {
   if [[ -z ${LAUNCHER:-} ]] && filled VESSL_ACCESS_TOKEN; then return 1; fi
   ! compgen -G "$ROOT/build/${ENV:-*}/$RUN_ID/run.id" >/dev/null || return 1
   if [[ -z ${AWS_PROFILE:-}${AWS_WEB_IDENTITY_TOKEN_FILE:-}${AWS_CONTAINER_CREDENTIALS_RELATIVE_URI:-} ]] && ! filled AWS_ACCESS_KEY_ID; then
-    die 2 "RUN_ID=$RUN_ID: no such run" "$none; there are no credentials to ask VESSL or the bucket" "here: $(known_runs); else export VESSL_ACCESS_TOKEN=… or AWS_ACCESS_KEY_ID=…"
+    no_run "$none; there are no credentials to ask VESSL or the bucket" '; else export VESSL_ACCESS_TOKEN=… or AWS_ACCESS_KEY_ID=…'
   fi
   own
-  record_place "$RUN_ID" || die 2 "RUN_ID=$RUN_ID: no such run" "$none" 'make monitor shows the newest run of this checkout'
+  record_place "$RUN_ID" || no_run "$none"
   NAME=$RUN_ID RECORD=$ROOT/build/$ENV/$RUN_ID/record BUCKET=1
   fetch_record "$NAME" "$RECORD" || rc=$?
   case $rc in
     0) ;;
-    1) die 2 "RUN_ID=$RUN_ID: no such run" "$none, and $BASE has no record of it; VESSL was not asked" 'make monitor shows the newest run of this checkout' ;;
-    *) die "$rc" "RUN_ID=$RUN_ID: $BASE can't be read: $(head -c 200 "$TEMP/client.log")" 'the record is beside the checkpoints' 'see S3_ENDPOINT_URL and AWS_*, then again' ;;
+    1) no_run "$none, and $BASE has no record of it; VESSL was not asked" ;;
+    *) die "$rc" "run $RUN_ID: $BASE can't be read: $(head -c 200 "$TEMP/client.log")" 'the record is beside the checkpoints' 'see S3_ENDPOINT_URL and AWS_*, then again' ;;
   esac
 }

@@ -58,6 +58,9 @@ overrides() {
   local -a words=()
   read -ra words <<<"${SET:-}"
   OVERRIDES=()
+  # Words are all that is seen of it: `key = value` would be three settings, none of them one.
+  [[ ! " ${words[*]} " =~ (\ =|=\ [^=\ ]+\ ) ]] ||
+    die 2 "SET=\"$SET\"" 'no spaces around =; a space ends a setting' "SET=\"$(sed -E 's/ =/=/g; s/= ([^= ]+)( |$)/=\1\2/g' <<<"${words[*]}")\""
   local word
   for word in "${words[@]}"; do OVERRIDES+=(--set "$word"); done
   if [[ ${LAUNCHER:-} == docker && " ${SET:-} " != *' launcher.target='* ]]; then OVERRIDES+=(--set launcher.target=docker); fi

@@ -31,6 +31,7 @@ store_environment() {
   export S3_BUCKET_NAME=${S3_BUCKET_NAME:-wmtp} AWS_DEFAULT_REGION=${AWS_DEFAULT_REGION:-eu-north-1}
   export AWS_REGION=${AWS_REGION:-$AWS_DEFAULT_REGION} AWS_MAX_ATTEMPTS=2 AWS_EC2_METADATA_DISABLED=true AWS_PAGER=''
   if [[ -z ${AWS_PROFILE:-}${AWS_WEB_IDENTITY_TOKEN_FILE:-}${AWS_CONTAINER_CREDENTIALS_RELATIVE_URI:-} ]]; then
+    if [[ -d $ROOT/build/bucket/data && -z ${S3_ENDPOINT_URL:-} ]]; then local INSTEAD="; with the mini-test's bucket, for example: scripts/bucket.sh run build/bucket -- make models"; fi
     need_env AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
   fi
   need_cmd python

@@ -617,11 +617,13 @@ def main(argv: list[str] | None = None) -> int:
         "--notes", type=Path, help="a person's remarks; they are kept beside the report for the next time"
     )
     args = parser.parse_args(argv)
+    stage = "compare" if len(args.folders) > 1 else "report"
     for folder in args.folders:
         if not (folder / "parts.jsonl").is_file() and not (folder / "facts.json").is_file():
             print(
-                f"report    FAIL  {folder}: no record of a run\n          rule  a record has facts.json and parts.jsonl"
-                "\n          next  make status RUN_ID=…",
+                f"{stage:<9} FAIL  {folder}: no record of a run\n"
+                "          rule  a record has facts.json and parts.jsonl\n"
+                "          next  make status RUN_ID=…",
                 file=sys.stderr,
             )
             return 2
@@ -641,7 +643,7 @@ def main(argv: list[str] | None = None) -> int:
         print(write(args.out, "report", "WMTP completion report", lead, sections(run, notes)))
     except OSError as error:
         print(
-            f"report    FAIL  {error.filename or args.out}: {error.strerror}\n"
+            f"{stage:<9} FAIL  {error.filename or args.out}: {error.strerror}\n"
             "          next  make room or rights there, then again",
             file=sys.stderr,
         )
