@@ -261,6 +261,22 @@ def test_data_of_less_than_a_step_and_of_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "packed", "verdict"), [(20, "true", WARN), (300, "true", NOT), (20, "false", NOT), (3, "false", WARN)]
+)
+def test_less_than_a_step_is_known_without_a_tokenizer(tmp_path: Path, count: int, packed: str, verdict: str) -> None:
+    sets = ("data.train.max_length=64", "train.accumulation_steps=1", f"data.train.pack_sequences={packed}")
+    config, recipe = pair(BASELINE, *sets)
+    uris = {
+        "wmtp_code": source(tmp_path / "train", TEXTS[5 : 5 + count]),
+        "mbpp_tiny": source(tmp_path / "held", TEXTS[:5]),
+    }
+    findings = preflight_torch.check_data(with_data(config, uris), recipe, None, False, OFFLINE)
+    found = {f.subject: f for f in findings}
+    assert found["data.train"].verdict == verdict, found["data.train"]
+    assert ("and a step has" in found["data.train"].detail) is (verdict == WARN) and found["data.eval"].verdict == NOT
+
+
+@pytest.mark.parametrize(
     ("line", "told"),
     [
         ('{"prompt": 1}', "not a text"),

@@ -148,6 +148,10 @@ def test_what_nobody_recorded_is_said_to_be_so(tmp_path: Path) -> None:
     write(tmp_path / "r", "parts", {"began": 1.0}, {"ended": 3.0, "code": 13})
     text, page = made(tmp_path / "r", tmp_path / "out")
     assert Page(page) and "failed" in text and text.count(report.NONE) > 15
+    where = text[text.index("## What ran where") : text.index("## How long")]
+    assert (
+        report.NONE not in where and "| record | " in where and "| began, ended | " in where and "cluster" not in where
+    )
     plan = text[text.index("## Against the plan") : text.index("## The plan's completion")]
     assert plan.count("| not recorded |") == 6 and "ok" not in plan
 

@@ -358,9 +358,10 @@ def _uncounted(subject: str, texts: list[str], config: settings.Config, recipe: 
     size = sum(len(text.encode()) for text in texts)
     detail = f"{len(texts)} texts, {size / 1e3:.0f} kB; tokens: no tokenizer here"
     per_step = rows_per_step(recipe, _ranks(config))
-    rows = math.ceil(min(len(texts), size / 2 / recipe.data.train.max_length))
+    train = recipe.data.train
+    rows = math.ceil(min(len(texts), size / 2 / train.max_length)) if train.pack_sequences else len(texts)
     if subject == "data.train" and rows < per_step:
-        detail += f"; at most about {rows} rows of {recipe.data.train.max_length}, and a step has {per_step}"
+        detail += f"; at most about {rows} rows of {train.max_length}, and a step has {per_step}"
         return _not_a_step(subject, detail)
     return Finding(5, NOT, subject, detail)
 

@@ -355,7 +355,7 @@ def sections(run: Run, notes: str) -> list[Section]:
         ("image", image_of(facts), "facts.json"),
         ("algorithm, environment", f"{figure(facts.get('algo'))}, {figure(facts.get('env'))}", "facts.json"),
         ("host", f"{figure(facts.get('host'))}, {device}", "facts.json"),
-        ("cluster", f"{launcher.get('cluster') or 'none'}: {gpus}", "facts.json"),
+        ("cluster", f"{launcher.get('cluster') or 'none'}: {gpus}" if launcher else NONE, "facts.json"),
         ("began, ended", when, "parts.jsonl"),
         ("versions", figure(versions), "facts.json"),
         ("seed", figure(facts.get("seed")), "facts.json"),
@@ -370,7 +370,7 @@ def sections(run: Run, notes: str) -> list[Section]:
         ("image", NONE + ": before the container begins", ""),
         ("sum", seconds(sum(run.ledger.seconds.values())), f"paid for: {seconds(run.ledger.total)}"),
     ]
-    where = [row for row in where if not row[1].startswith(NONE)] or [("nothing", "it ended before it was known", "")]
+    where = [row for row in where if not row[1].startswith(NONE)]  # of a run that ended before it was known
     before, after = run.held_out()
     learning = Section(
         "How it learned",

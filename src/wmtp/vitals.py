@@ -410,7 +410,7 @@ def loss_spiking(seen: Seen) -> str | None:
 
 
 def loss_rising(seen: Seen) -> str | None:
-    """The last steps are a nat and a quarter above the lowest so far: it unlearns."""
+    """Above the lowest so far, or the first step, by a nat and by a quarter of it: it unlearns."""
     losses = figures(seen.steps, "wmtp_loss")
     medians = [median(losses[end - RECENT : end]) for end in range(RECENT, len(losses) + 1)]
     lowest = min([*losses[:1], *medians], default=0.0)
