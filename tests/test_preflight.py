@@ -148,7 +148,10 @@ def test_only_what_was_asked_for_is_checked(
     assert "FAIL  --only 1,modles: modles is no check" in told and "next  ONLY=1,models\n" in told
 
 
-def test_what_is_wrong_is_said_again_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_said_again_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # which would fold the lines
     told = run(capsys, *CLUSTER, "--recipe", ALL[0], "--set", "launcher.resources.gpus=2")[2]
     *_, title, line, _ = told.splitlines()
     assert title == "what is wrong (1)"
