@@ -37,7 +37,9 @@ def client_of(endpoint: str | None, region: str) -> Any:
     try:
         session = botocore.session.get_session()
         if session.get_credentials() is None:
-            raise BucketError("no credentials of the bucket here: set AWS_ACCESS_KEY_ID, or say --offline")
+            raise BucketError(
+                "no credentials of the bucket here: set AWS_ACCESS_KEY_ID, or scripts/test_vessl_config.sh --offline"
+            )
         return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=options)
     except (BotoCoreError, ValueError) as error:  # a profile, a region, an address that can't be used
         raise BucketError(" ".join(str(error).split())[:160], refused=True) from None

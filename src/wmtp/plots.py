@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from wmtp.ledger import ORDER, Ledger
 
@@ -151,6 +152,9 @@ def line_plot(
         axes.set_ylabel(unit)
         if log:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_formatter("{x:g}")  # 0.9, where the default says 9 x 10^-1
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
         elif zero:
             axes.set_ylim(bottom=0)
 

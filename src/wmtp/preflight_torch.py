@@ -120,7 +120,7 @@ class Models:
         """A bucket that says no; None for one that says nothing, or that this login alone may not read."""
         if not error.refused:
             return None
-        following = "mend S3_BUCKET_NAME, S3_ENDPOINT_URL, AWS_*; or say --offline"
+        following = "mend S3_BUCKET_NAME, S3_ENDPOINT_URL, AWS_*; or scripts/test_vessl_config.sh --offline"
         verdict = WARN if "AccessDenied" in str(error) else FAIL
         return Finding(5, verdict, "bucket", str(error), following, "the run reads its models there")
 

@@ -481,9 +481,8 @@ def compared(runs: list[Run]) -> list[Section]:
     settings = [flat({k: r.facts.get(k, {}) for k in ("config", "recipe")}) for r in runs]
     different = [
         (key, [json.dumps(s.get(key)) for s in settings])
-        for key in sorted(
-            set().union(*settings) - {"config.storage.endpoint"}
-        )  # an embedded bucket has its port each time
+        # An embedded bucket has its port each time, and names are no difference.
+        for key in sorted(set().union(*settings) - {"config.storage.endpoint", "recipe.run.name", "recipe.run.tags"})
         if len({json.dumps(s.get(key)) for s in settings}) > 1
     ]
     names = [r.name for r in runs]
