@@ -81,7 +81,7 @@ await() { until [[ -e $1 ]]; do sleep 0.1; done; }
   DRY_RUN=1 run -0 --separate-stderr publish_again "$name"
   [[ $stderr == *'would refuse'*'another version'* ]]
   DRY_RUN=1 run -0 --separate-stderr publish_again --force "$name"
-  [[ $output == "$name"$'\treplace\t8\tconfig.json\n'"$name"$'\tkeep\t300000\tweights.bin\n'"$name"$'\tremove\t0\tsub dir/empty ü*' ]]
+  [[ $output == "$name"$'\treplace\t12\tconfig.json\n'"$name"$'\tkeep\t300000\tweights.bin\n'"$name"$'\tremove\t0\tsub dir/empty ü*' ]]
   run -0 --separate-stderr publish_again --force "$name"
   grep -qvF "$output" "$work/published"
   whole
