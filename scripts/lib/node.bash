@@ -44,10 +44,10 @@ end_record() {
 
 # leave CODE [WHAT [RULE]]: the last line says what to do. What was stopped and saved has not failed.
 leave() {
-  local next rule=${3:-}
+  local next
   # Waited for, or bash tells of the kill with the whole command, right above the last words.
   if [[ -n ${early:-} ]]; then { kill -KILL "$early" && wait "$early"; } 2>/dev/null || true; fi
-  if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}"; fi
+  if [[ -n ${over_time:-} ]]; then set -- "$1" "MAX_HOURS: $limit h are used up after $SECONDS s${2:+; $2}" "${@:3}"; fi
   case $1 in
     2) next='mend what is named above (settings: make dryrun finds them without a node), start again' ;;
     3) next='install or set what is named above (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, S3_BUCKET_NAME), start again' ;;
@@ -66,7 +66,7 @@ leave() {
     log '' "next  ${CURE:-$next}"
     exit 75
   fi
-  die "$1" "${2:-ended by a signal after $SECONDS s}" "$rule" "${CURE:-$next}"
+  die "$1" "${2:-ended by a signal after $SECONDS s}" "${3:-}" "${CURE:-$next}"
 }
 
 free_mb() { df -Pk "$1" | awk 'NR == 2 {printf "%.0f", $4 * 1024 / 1e6}'; }

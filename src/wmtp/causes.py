@@ -451,18 +451,15 @@ def next_command(kind: str, record: Record, evidence: Line) -> str:
     if kind == NUMERICS and isinstance(rate := setting(facts, "optim.lr"), int | float):
         return again(run, facts, {"optim.lr": f"{rate / 2:g}"}, "optim.lr")
     if kind == MODEL_FILES:
-        models = setting(facts, "paths.models") or {}
-        found = (
-            [(role, str(uri).rstrip("/").rpartition("/")[2]) for role, uri in models.items()]
-            if isinstance(models, dict)
-            else []
-        )
-        role, named = next(((role, name) for role, name in found if name and name in evidence.text), ("", None))
+        models = setting(facts, "paths.models")
+        known = models.items() if isinstance(models, dict) else ()
+        names = {role: str(uri).rstrip("/").rpartition("/")[2] for role, uri in known}
+        role = next((role for role, name in names.items() if name and name in evidence.text), None)
         if env == "test":
             return again(run, facts, {f"paths.models.{role}": "file://…"} if role else None)
         if here:  # its bucket ended with it
             return f"make dryrun {pair}{chosen}"
-        return f"make verify-models NAME={named}" if named else "make models"
+        return f"make verify-models NAME={names[role]}" if role else "make models"
     if kind == DISK:
         return "make cache EVICT=unused" if here else again(run, facts, {"paths.checkpoints.keep_last": 1})
     if kind == DATA:

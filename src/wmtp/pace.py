@@ -16,6 +16,7 @@ from wmtp.meter import flops_per_token, peak_flops
 from wmtp.model import ModelSpec
 from wmtp.outcome import say
 from wmtp.ranks import Place
+from wmtp.vitals import RECENT, risen
 
 
 class Pace:
@@ -26,7 +27,7 @@ class Pace:
         self.place, self.first, self.total = place, first, total
         self.began = time.monotonic()
         self._rates: list[float] = []
-        self._losses: deque[float] = deque(maxlen=5)
+        self._losses: deque[float] = deque(maxlen=RECENT)
         self._lowest, self._warned = math.inf, False
         card = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else ""
         peak = peak_flops(card, precision)
@@ -87,21 +88,18 @@ class Pace:
             say(f"Step {step}/{self.total}  {text}  gradient norm {figures['grad_norm']:.2f}  {left:.0f} s left")
 
     def _look_at(self, loss: float) -> None:
-        """Tell once that the loss is far above where it was; `vitals.loss_rising` tells the page and the report."""
+        """Tell once that the loss is far above where it was, as the page and the report do."""
         if not math.isfinite(loss):
             return  # told elsewhere, and no figure to compare with
         self._losses.append(loss)
         if math.isinf(self._lowest):
             self._lowest = loss
         middle = statistics.median(self._losses)
-        if len(self._losses) == self._losses.maxlen:
+        if len(self._losses) == RECENT:
             self._lowest = min(self._lowest, middle)
-            if not self._warned and middle >= max(self._lowest + 1, 1.25 * self._lowest):
+            if not self._warned and (told := risen(middle, self._lowest)):
                 self._warned = True
-                say(
-                    f"train     warn  the loss has risen: {middle:.3f} over the last {len(self._losses)} steps, "
-                    f"{self._lowest:.3f} at its lowest; is optim.lr too high?"
-                )
+                say(f"train     warn  {told}")
 
     def typical(self) -> float | None:
         """Tokens a second of a step, the median; the first left out, which compiles and allocates."""

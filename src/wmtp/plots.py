@@ -165,10 +165,12 @@ def weights_plot(steps: list[dict[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
         heads = sorted(k for k in (steps[-1] if steps else {}) if k.startswith("w_mean_head_"))
         lines = [(f"head {k[12:]}", series(steps, k), COLOURS[n % len(COLOURS)]) for n, k in enumerate(heads)]
-        lines += [
-            (f"{name}est", series(steps, f"w_{key}"), "#444444") for name, key in (("small", "min"), ("larg", "max"))
-        ]
-        lines.append(("ESS share", series(steps, "w_ess"), "#999999"))
+        for name, key, colour in (
+            ("smallest", "w_min", "#444444"),
+            ("largest", "w_max", "#444444"),
+            ("ESS share", "w_ess", "#999999"),
+        ):
+            lines.append((name, series(steps, key), colour))
         known = [y for _, points, _ in lines for _, y in points] or [1.0]
         axes.set_ylim(min(0.95, *known), max(1.05, *known))  # what differs is seen, and noise is not made large
         labelled(axes, lines)

@@ -52,10 +52,8 @@ PLANNED = {  # what the plan names, whether or not this recipe uses it
     "tokenizer": ("hf-sentencepiece", "hf-transformers"),
 }
 GPU_MEMORY_GIB = {"A100": 80, "H100": 80, "H200": 141, "L40S": 48, "A10G": 24, "V100": 32, "T4": 16}
-RATE_MOST, RATE_TUNED = (
-    0.1,
-    1e-3,
-)  # AdamW moves each weight by about the rate: larger ones diverge, pretrained ones sooner
+RATE_MOST = 0.1  # AdamW moves each weight by about the rate: larger ones diverge
+RATE_TUNED = 1e-3  # and those of a pretrained model sooner
 NO_BF16 = ("V100", "T4", "P100")
 PRESET_GPUS = {"gpu-a100-80g-small": 1, "gpu-a100-80g-medium": 2, "gpu-a100-80g-large": 4}
 
@@ -124,19 +122,16 @@ def check_configuration(
             findings.append(Finding(1, FAIL, str(error.filename), f"can't be read: {error.strerror}"))
             continue
         pairs.append(Pair(config_file, recipe_file, config, recipe))
-        both = settings.resolved(config, recipe)
+        values = settings.flat(settings.resolved(config, recipe))
         origin = {**settings.origins(config), **settings.origins(recipe)}
-        rows = [
-            {"key": key, "value": value, "from": source(origin, bare(key))}
-            for key, value in settings.flat(both).items()
-        ]
+        rows = [{"key": key, "value": value, "from": source(origin, bare(key))} for key, value in values.items()]
         resolved.append({"config": config_file, "recipe": recipe_file, "keys": rows})
         counts = Counter("default" if r["from"] == "default" else "named" for r in rows)
-        rates = settings.flat(both["recipe"])
         for key in ("optim.lr", "pretrain.lr", "critic.value_lr"):
             tuned = env == "production" and key == "optim.lr"
-            if rates[key] > (most := RATE_TUNED if tuned else RATE_MOST):
-                told_as = f"{rates[key]:g} is larger than what trains{' a pretrained model' if tuned else ''}"
+            rate = values[f"recipe.{key}"]
+            if rate > (most := RATE_TUNED if tuned else RATE_MOST):
+                told_as = f"{rate:g} is larger than what trains{' a pretrained model' if tuned else ''}"
                 rule = f"a rate is at most {most:g}"
                 findings.append(Finding(1, WARN, key, told_as, f"--set {key}={most / 50:g}", rule))
         variables = sorted({n for r in rows for n in named_variables(r["from"])})
@@ -408,11 +403,16 @@ def unusable(algo: str, keys: Iterable[str]) -> str:
 # ---- 4: distributed ------------------------------------------------------------------------------
 
 
+def ranks_of(config: Any) -> int:
+    """Processes that a run starts."""
+    return max(1, config.launcher.resources.gpus) if config.devices.distributed.enabled else 1
+
+
 def check_distributed(pair: Pair) -> Iterator[Finding]:
     devices, resources = pair.config.devices, pair.config.launcher.resources
     train = pair.recipe.data.train
     backend, device = devices.distributed.backend, devices.compute_backend
-    ranks = max(1, resources.gpus) if devices.distributed.enabled else 1
+    ranks = ranks_of(pair.config)
     if devices.distributed.enabled:
         fits = {"cuda": ("nccl", None), "cpu": ("gloo", None), "auto": ("nccl", "gloo", None)}
         if backend not in fits.get(device, ()):
@@ -603,6 +603,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def say_again(finding: Finding, *more: tuple[str, str]) -> None:
+    """A finding in short, for a list at the end."""
+    text = f"{finding.subject}: {finding.detail.splitlines()[0]}"
+    text += "".join(f"; {name}: {value}" for name, value in more if value)
+    say(f"               {wrapped(text, columns(), 17)}")
+
+
 def unique(findings: list[Finding]) -> list[Finding]:
     """Three recipes share a configuration: what was found once is said once."""
     return list(dict.fromkeys(findings))
@@ -694,15 +701,12 @@ def main(argv: list[str] | None = None) -> int:
     if pairs and unproved and args.env == "production":
         say("what this dry run could not promise")
         for finding in unproved:
-            say(f"               {wrapped(finding.subject + ': ' + finding.detail.splitlines()[0], columns(), 17)}")
-
+            say_again(finding)
     wrong = [f for f in findings if f.verdict == FAIL]
     if wrong and resolved and len(args.recipe) == 1:  # the lines above may be more than a screen
         say(f"what is wrong ({len(wrong)})")
         for finding in wrong:
-            text = f"{finding.subject}: {finding.detail.splitlines()[0]}"
-            text += "".join(f"; {k}: {v}" for k, v in (("rule", finding.rule), ("next", finding.next)) if v)
-            say(f"               {wrapped(text, columns(), 17)}")
+            say_again(finding, ("rule", finding.rule), ("next", finding.next))
     counts = Counter(f.verdict for f in findings)
     report = {
         "env": args.env,

@@ -39,7 +39,7 @@ from wmtp.memory import GIB, MARGIN, Peak
 from wmtp.model import ModelError, ModelSpec
 from wmtp.optim import rows_per_step, steps_told, total_steps
 from wmtp.paths import PathResolver
-from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here
+from wmtp.preflight import FAIL, GPU_MEMORY_GIB, NOT, OK, ROOT, TORCH_CHECKS, WARN, Finding, here, ranks_of
 from wmtp.runfile import MODEL_GB
 from wmtp.sources import DataError, described, read_records, refuse_evaluation
 from wmtp.train import die_with_parent
@@ -357,7 +357,7 @@ def _uncounted(subject: str, texts: list[str], config: settings.Config, recipe: 
     """What can be said without a tokenizer: a piece has two bytes or more, nearly always."""
     size = sum(len(text.encode()) for text in texts)
     detail = f"{len(texts)} texts, {size / 1e3:.0f} kB; tokens: no tokenizer here"
-    per_step = rows_per_step(recipe, _ranks(config))
+    per_step = rows_per_step(recipe, ranks_of(config))
     train = recipe.data.train
     rows = math.ceil(min(len(texts), size / 2 / train.max_length)) if train.pack_sequences else len(texts)
     if subject == "data.train" and rows < per_step:
@@ -369,10 +369,6 @@ def _uncounted(subject: str, texts: list[str], config: settings.Config, recipe: 
 def _not_a_step(subject: str, detail: str) -> Finding:
     following = "more data; or lower train.accumulation_steps or data.train.batch_size"
     return Finding(5, WARN, subject, detail, following, "a step is at most an epoch")
-
-
-def _ranks(config: settings.Config) -> int:
-    return max(1, config.launcher.resources.gpus) if config.devices.distributed.enabled else 1
 
 
 def _counted(
@@ -392,7 +388,7 @@ def _counted(
     if every > 1:
         detail += f"; estimated from one document in {every}"
     if subject == "data.train":
-        per_step = rows_per_step(recipe, _ranks(config))
+        per_step = rows_per_step(recipe, ranks_of(config))
         total = total_steps(len(rows) * every, per_step, recipe)
         detail += f"; {len(rows) * every / per_step:.1f} steps an epoch, in all {steps_told(total, recipe)}"
         if len(rows) * every < per_step:

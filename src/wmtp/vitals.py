@@ -410,14 +410,21 @@ def loss_spiking(seen: Seen) -> str | None:
 
 
 def loss_rising(seen: Seen) -> str | None:
-    """Above the lowest so far, or the first step, by a nat and by a quarter of it: it unlearns."""
+    """`risen` of what the record has."""
     losses = figures(seen.steps, "wmtp_loss")
     medians = [median(losses[end - RECENT : end]) for end in range(RECENT, len(losses) + 1)]
-    lowest = min([*losses[:1], *medians], default=0.0)
-    if not medians or medians[-1] < max(lowest + 1, 1.25 * lowest):
+    return risen(medians[-1], min(losses[0], *medians)) if medians else None
+
+
+def risen(now: float, lowest: float) -> str | None:
+    """What is told of a loss with the median ``now`` over the last `RECENT` steps, where it unlearns.
+
+    ``lowest``: such a median so far, or the first step's loss. It is above that by a nat, and by a quarter of it.
+    """
+    if now < max(lowest + 1, 1.25 * lowest):
         return None
     return (
-        f"the loss has risen: {medians[-1]:.3f} over the last {RECENT} steps, {lowest:.3f} at its lowest "
+        f"the loss has risen: {now:.3f} over the last {RECENT} steps, {lowest:.3f} at its lowest "
         "(was optim.lr too high?)"
     )
 
